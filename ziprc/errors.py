@@ -1,0 +1,21 @@
+"""The one error that a user is meant to read.
+
+A `UserError` says in one paragraph what was found, what was expected, where, and what to do. Entry points print
+it without a traceback and exit with code 2. Everything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Input that cannot be worked with; the message tells how to mend it."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint " (did you mean 'x'?)" for the nearest known word, else the list of known words."""
+    known = sorted(known)
+    match = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean '{match[0]}'?)" if match else f" (known: {', '.join(known)})"
