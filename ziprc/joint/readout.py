@@ -1,0 +1,86 @@
+"""Reading the joint head: one body-only forward pass, then the R·L rows of the output matrix and nothing else.
+
+The state at index P0 - 1 + j (P0 prompt tokens) emits response token j; it knows the prompt and the first j tokens, and
+m - j tokens are still to come, the stop token included. A response of m tokens therefore has m labelled states.
+Full-vocabulary logits are never formed here. Shapes: B batch, T time, D hidden, P labelled states, R·L cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from ziprc.joint.checkpoint import JointHead
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """Prompt and response ids of one rollout."""
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+
+
+def body_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states after the final norm, [B, T, D]; the output matrix is not applied."""
+    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def slice_weight(model: PreTrainedModel, joint: JointHead) -> torch.Tensor:
+    """The R·L rows of the output matrix, [R·L, D], a view."""
+    return model.get_output_embeddings().weight[joint.layout.joint_slice]
+
+
+def pad_batch(pairs: Sequence[TokenPair], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask, [B, T]. The last response token is left out: no state after it is labelled."""
+    rows = [torch.tensor([*pair.prompt, *pair.response[:-1]]) for pair in pairs]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices grouped so that batch size × longest row stays below `budget` tokens, longest first."""
+    batch: list[int] = []
+    longest = 0
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        if batch and (len(batch) + 1) * longest > budget:
+            yield batch
+            batch = []
+        longest = longest if batch else lengths[i]
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def labelled_states(
+    model: PreTrainedModel, pairs: Sequence[TokenPair], token_budget: int = 8192
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """For every batch: the indices into `pairs`, and for each its labelled hidden states [m, D] on the model's device."""
+    lengths = [len(pair.prompt) + len(pair.response) for pair in pairs]
+    for batch in batches_by_tokens(lengths, token_budget):
+        ids, mask = pad_batch([pairs[i] for i in batch])
+        states = body_states(model, ids.to(model.device), mask.to(model.device))
+        rows = []
+        for row, i in enumerate(batch):
+            first = len(pairs[i].prompt) - 1
+            rows.append(states[row, first : first + len(pairs[i].response)])
+        yield batch, rows
+
+
+@torch.inference_mode()
+def read_joint(
+    model: PreTrainedModel, joint: JointHead, pairs: Sequence[TokenPair], token_budget: int = 8192
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (index into `pairs`, joint [m, R·L] float32) for every rollout, in the order of the batches."""
+    weight = slice_weight(model, joint).float()
+    for batch, rows in labelled_states(model, pairs, token_budget):
+        probabilities = torch.softmax(torch.cat(rows).float() @ weight.T, -1).cpu().numpy()
+        ends = np.cumsum([len(row) for row in rows])
+        yield from zip(batch, np.split(probabilities, ends[:-1]), strict=True)
