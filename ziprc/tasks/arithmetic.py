@@ -1,0 +1,305 @@
+"""The default world: chains of additions and subtractions, worked out in one of three styles.
+
+`Compute 47+8-12` asks for the value of a left-to-right chain; a cell of the difficulty mix is a number of steps and a
+size of the operands ("3 steps, big": three operations with three-digit numbers). A response chooses a style at its
+first result and keeps it:
+
+* direct   `47+8=55-12=43`            short; copies each operand and writes the result at once
+* split    `47+8>50+5=55-12>45-2=43`  peels the operand off digit by digit, or through the ten
+* columns  `47+8=7+8=15,4+1=5=55-12=...`  longest; digit by digit, ones first, with written carries
+
+The teacher slips, and the slip is in the text, without any mark that says so: *direct* swaps the first two digits of an
+operand that it copies (`55-21`), *split* ends on a digit that is not the rest (`50+8`), *columns* leaves out a carry
+that is due (`7+8=15,4=4`). Slip rates depend on style and size, so that no style is best everywhere: direct wins on small
+operands, split on medium ones, columns on big ones. The mix has easy prompts (every style works), hopeless ones (none
+does) and, in between, those where the style decides. Hence what decides about a response is partly known from the
+prompt, partly from the style chosen after a few tokens, and partly from slips that appear on the way. A slip is one
+alternative at one token, at a rate that min-p 0.1 keeps.
+
+Settings (all optional; `DEFAULTS` holds the values of `toy`):
+  mix            {"2 steps, small": weight, ...}   steps 1..9, sizes small (1 digit), medium (2), big (3)
+  styles         {"direct": weight, "split": weight, "columns": weight}   drawn without looking at the prompt
+  slips          {style: {size: rate}}             per opportunity, as described above
+  non_thinking   share of traces that answer at once
+
+Split by the multiset of signed terms: `47+39-6`, `39+47-6` and `47-6+39` are one problem.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ziprc.chat import visible_answer
+from ziprc.errors import UserError, nearest
+from ziprc.tasks.base import (
+    Prompt,
+    Settings,
+    Trace,
+    apportion,
+    check_prompts,
+    check_split,
+    fill_cells,
+    prompt_id,
+    split_of,
+    thinking_response,
+    user_message,
+)
+
+SHARES = {"base": 0.70, "train": 0.16, "validation": 0.05, "test": 0.09}
+DIGITS = {"small": 1, "medium": 2, "big": 3}
+STYLES = ("direct", "split", "columns")
+LARGEST = 999  # of every intermediate value
+
+DEFAULTS: dict[str, Any] = {
+    "mix": {
+        "2 steps, small": 0.16,
+        "3 steps, small": 0.14,
+        "4 steps, small": 0.08,
+        "2 steps, medium": 0.18,
+        "3 steps, medium": 0.18,
+        "2 steps, big": 0.08,
+        "3 steps, big": 0.10,
+        "4 steps, big": 0.08,
+    },
+    "styles": {"direct": 0.40, "split": 0.34, "columns": 0.26},
+    "slips": {
+        "direct": {"small": 0.0, "medium": 0.50, "big": 0.70},
+        "split": {"small": 0.10, "medium": 0.0, "big": 0.70},
+        "columns": {"small": 0.10, "medium": 0.70, "big": 0.35},
+    },
+    "non_thinking": 0.07,
+}
+
+_CELL = re.compile(r"([1-9]) steps?, (small|medium|big)")
+_INTEGER = re.compile(r"-?[0-9]{1,12}")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A start value and signed operands, worked out from left to right."""
+
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def text(self) -> str:
+        return str(self.start) + "".join(f"{op}{operand}" for op, operand in self.steps)
+
+    @property
+    def value(self) -> int:
+        value = self.start
+        for op, operand in self.steps:
+            value = apply(value, op, operand)
+        return value
+
+    @property
+    def canonical(self) -> str:
+        terms = [self.start] + [operand if op == "+" else -operand for op, operand in self.steps]
+        return "sum " + " ".join(str(term) for term in sorted(terms))
+
+
+class LeavesRange(ValueError):
+    """After a slip, the rest of the chain would leave 0..LARGEST; the teacher starts over."""
+
+
+def apply(value: int, op: str, operand: int) -> int:
+    return value + operand if op == "+" else value - operand
+
+
+def parse_cell(cell: str) -> tuple[int, str]:
+    """(steps, size) of a cell label."""
+    match = _CELL.fullmatch(cell)
+    if not match:
+        raise UserError(f"arithmetic: '{cell}' is no cell of the difficulty mix; write e.g. '3 steps, big'.")
+    return int(match[1]), match[2]
+
+
+def draw_chain(rng: random.Random, cell: str) -> Chain:
+    """A chain of the cell whose intermediate values stay within 0..LARGEST."""
+    steps, size = parse_cell(cell)
+    low, high = 10 ** (DIGITS[size] - 1), 10 ** DIGITS[size] - 1
+    start = value = rng.randint(max(low, 10), max(high, 99))
+    operations: list[tuple[str, int]] = []
+    while len(operations) < steps:
+        op, operand = rng.choice("+-"), rng.randint(low, high)
+        if 0 <= apply(value, op, operand) <= LARGEST:
+            value = apply(value, op, operand)
+            operations.append((op, operand))
+    return Chain(start, tuple(operations))
+
+
+# A step writes one operation in a style: (value, op, operand, slips) -> (text from the operator on, result).
+# `slips()` decides whether the teacher slips at this opportunity.
+Step = Callable[[int, str, int, Callable[[], bool]], tuple[str, int]]
+
+
+def direct_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> tuple[str, int]:
+    """`+47=...`; slip: the first two digits of the operand swapped in copying."""
+    digits = str(operand)
+    swapped = digits[1::-1] + digits[2:] if len(digits) > 1 else digits
+    if digits[-1] != "0" and swapped != digits and 0 <= apply(value, op, int(swapped)) <= LARGEST and slips():
+        operand = int(swapped)
+    result = apply(value, op, operand)
+    return f"{op}{operand}={result}", result
+
+
+def peelings(value: int, op: str, operand: int) -> list[tuple[int, int]]:
+    """(value, rest) after each peel: leading digits one by one, or a one-digit operand through the ten."""
+    if operand < 10:
+        to_ten = (10 - value % 10) % 10 if op == "+" else value % 10
+        return [(apply(value, op, to_ten), operand - to_ten)] if 0 < to_ten < operand else []
+    peeled = []
+    while len(str(operand).rstrip("0")) > 1:
+        lead = 10 ** (len(str(operand)) - 1)
+        head = operand // lead * lead
+        value, operand = apply(value, op, head), operand - head
+        peeled.append((value, operand))
+    return peeled
+
+
+def split_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> tuple[str, int]:
+    """`+286>547+86>627+6=633`; slip: the last rest is replaced by the digit that stood before it (`627+8`)."""
+    text, before = f"{op}{operand}", operand
+    parts = peelings(value, op, operand)
+    for index, (value, operand) in enumerate(parts):
+        wrong = before if before < 10 else int(str(before)[0])
+        if index == len(parts) - 1 and wrong != operand < 10 and apply(value, op, wrong) >= 0 and slips():
+            operand = wrong
+        text, before = f"{text}>{value}{op}{operand}", operand
+    result = apply(value, op, operand)
+    return f"{text}={result}", result
+
+
+def columns_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> tuple[str, int]:
+    """`+286=7+6=13,4+8+1=13,3+2+1=6=633`; slip: a carry or borrow that is due is left out."""
+    width = max(len(str(value)), len(str(operand)))
+    tops, bottoms = str(value).zfill(width), str(operand).zfill(width)
+    columns, digits, carry = [], "", 0
+    for place in reversed(range(width)):
+        top, bottom = int(tops[place]), int(bottoms[place])
+        carry = 0 if carry and slips() else carry
+        last = place == 0
+        borrow = int(op == "-" and not last and top - bottom - carry < 0)
+        absent = place < width - len(str(operand))  # the operand has no digit in this column
+        terms = [str(top + 10 * borrow)] + ([] if absent else [str(bottom)]) + (["1"] if carry else [])
+        total = apply(top + 10 * borrow, op, bottom + carry)
+        columns.append(f"{op.join(terms)}={total}")
+        digits = (str(total) if last else str(total % 10)) + digits
+        carry = borrow if op == "-" else total // 10
+    result = int(digits)
+    return f"{op}{operand}={','.join(columns)}={result}", result
+
+
+STEPS: Mapping[str, Step] = {"direct": direct_step, "split": split_step, "columns": columns_step}
+
+
+def work_out(chain: Chain, style: str, slips: Callable[[], bool]) -> tuple[str, int]:
+    """The reasoning of a chain in one style, and the result it ends on. LeavesRange when slips lead astray."""
+    text, value = str(chain.start), chain.start
+    for op, operand in chain.steps:
+        if not 0 <= apply(value, op, operand) <= LARGEST:
+            raise LeavesRange
+        part, value = STEPS[style](value, op, operand, slips)
+        text += part
+    return text, value
+
+
+class Arithmetic:
+    """Chains of additions and subtractions; see the head of the module."""
+
+    name = "arithmetic"
+
+    def prompts(self, settings: Settings, split: str, count: int, seed: int) -> list[Prompt]:
+        """Distinct chains of a split in exactly the mix of the settings, shuffled."""
+        check_split(split)
+        rng = random.Random(f"{self.name} prompts {split} {seed}")
+        cells = apportion(count, resolve(settings)["mix"])
+        filled = fill_cells(
+            cells,
+            draw=lambda cell: draw_chain(rng, cell),
+            canonical=lambda chain: chain.canonical,
+            accept=lambda content: split_of(content, SHARES) == split,
+        )
+        prompts = [self._prompt(chain, cell, split) for cell, chains in filled.items() for chain in chains]
+        check_prompts(prompts, cells)
+        rng.shuffle(prompts)
+        return prompts
+
+    def traces(self, settings: Settings, count: int, seed: int) -> Iterator[tuple[Prompt, Trace]]:
+        """Chains of the split `base` with a teacher's response each; a chain may come again in another style."""
+        options = resolve(settings)
+        rng = random.Random(f"{self.name} traces {seed}")
+        cells, weights = list(options["mix"]), list(options["mix"].values())
+        for _ in range(count):
+            cell = rng.choices(cells, weights)[0]
+            chain = draw_chain(rng, cell)
+            while split_of(chain.canonical, SHARES) != "base":
+                chain = draw_chain(rng, cell)
+            yield self._prompt(chain, cell, "base"), teach(rng, chain, cell, options)
+
+    def canonical_answer(self, response: str) -> str | None:
+        """The integer after the thinking block, without leading zeros; None when there is anything else."""
+        answer = visible_answer(response)
+        return str(int(answer)) if _INTEGER.fullmatch(answer) else None
+
+    def vocabulary_corpus(self) -> list[str]:
+        """Chat and prompt words only: merges of operators would hide where a step ends."""
+        return ["user\n", "assistant\n", "\n\n", "Compute ", "system\n"] * 8
+
+    def style_of(self, response: str) -> str | None:
+        """Style by its separators. A split response with nothing to split reads as direct."""
+        reasoning, closed, _ = response.partition("</think>")
+        if not closed or "=" not in reasoning:
+            return None
+        reasoning = reasoning.replace("<think>", "")
+        return "columns" if "," in reasoning else "split" if ">" in reasoning else "direct"
+
+    def _prompt(self, chain: Chain, cell: str, split: str) -> Prompt:
+        steps, size = parse_cell(cell)
+        return Prompt(
+            prompt_id=prompt_id(self.name, self.name, chain.canonical),
+            task=self.name,
+            source=self.name,
+            split=split,
+            messages=user_message(f"Compute {chain.text}"),
+            answer=str(chain.value),
+            difficulty=cell,
+            extra={"steps": steps, "size": size},
+        )
+
+
+def teach(rng: random.Random, chain: Chain, cell: str, options: Settings) -> Trace:
+    """One response of the noisy teacher."""
+    if rng.random() < options["non_thinking"]:
+        return Trace(str(chain.value), thinking=False, style="answer")
+    style = rng.choices(list(options["styles"]), list(options["styles"].values()))[0]
+    rate = options["slips"][style][parse_cell(cell)[1]]
+    while True:
+        try:
+            reasoning, result = work_out(chain, style, lambda: rng.random() < rate)
+        except LeavesRange:
+            continue
+        return Trace(thinking_response(reasoning, str(result)), thinking=True, style=style)
+
+
+def resolve(settings: Settings) -> dict[str, Any]:
+    """Settings over the defaults, with names checked."""
+    for key in settings:
+        if key not in DEFAULTS:
+            raise UserError(f"arithmetic: unknown setting '{key}'{nearest(key, DEFAULTS)}.")
+    options = {**DEFAULTS, **settings}
+    for cell in options["mix"]:
+        parse_cell(cell)
+    for style in [*options["styles"], *options["slips"]]:
+        if style not in STYLES:
+            raise UserError(f"arithmetic: unknown style '{style}'{nearest(style, STYLES)}.")
+    options["slips"] = {s: {**DEFAULTS["slips"][s], **options["slips"].get(s, {})} for s in STYLES}
+    for style, rates in options["slips"].items():
+        for size, rate in rates.items():
+            if size not in DIGITS or not 0 <= rate < 1:
+                raise UserError(f"arithmetic: slip rate {rate} of '{style}', '{size}'; sizes are {', '.join(DIGITS)}.")
+    return options

@@ -1,0 +1,278 @@
+"""Countdown: make a target from given numbers, each used once. A demonstration, because its traces judge themselves.
+
+The teacher's traces search: left-to-right chains, each ended by `<` or `>` (below or above the target) or `!` (hit),
+
+    Make 13 from 5,3,2      <think>\\n5-3=2-2=0<5*3=15-2=13!\\n</think>\\n\\n(5*3)-2
+
+random attempts without replacement, the last operation looking one step ahead; a trace stops at a hit or after a hidden
+number of attempts and then answers with its last attempt. So `!` in the text is a verdict as good as any trained value
+(`specs/countdown_world.md` section 4): every result on this task has to show the `!` rules beside it.
+
+Settings (all optional):
+  mix            {"3 numbers": weight, ...}   2 to 5 numbers
+  max_operand    largest operand, at most 20
+  attempts       attempts after which a trace gives up, drawn evenly
+  non_thinking   share of traces that answer at once
+
+Split by the multiset of numbers and the target.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from ziprc.chat import visible_answer
+from ziprc.errors import UserError, nearest
+from ziprc.tasks.base import (
+    Prompt,
+    Settings,
+    Trace,
+    apportion,
+    check_prompts,
+    check_split,
+    fill_cells,
+    prompt_id,
+    split_of,
+    thinking_response,
+    user_message,
+)
+from ziprc.tasks.expressions import parse_expression
+
+SHARES = {"base": 0.60, "train": 0.20, "validation": 0.06, "test": 0.14}
+LARGEST = 99  # of every intermediate value
+LARGEST_OPERAND = 20
+
+DEFAULTS: dict[str, Any] = {
+    "mix": {"3 numbers": 0.3, "4 numbers": 0.5, "5 numbers": 0.2},
+    "max_operand": 20,
+    "attempts": (2, 4, 8, 14),
+    "non_thinking": 0.10,
+}
+
+_CELL = re.compile(r"([2-5]) numbers")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Numbers, a target, and one chain that makes it."""
+
+    numbers: tuple[int, ...]
+    target: int
+    solution: str
+
+    @property
+    def canonical(self) -> str:
+        return f"make {self.target} from {','.join(str(number) for number in sorted(self.numbers))}"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A left-to-right chain: the numbers in order, the operators between them, and the values on the way."""
+
+    numbers: tuple[int, ...]
+    ops: str
+    values: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """`5*3=15-2=13`"""
+        steps = zip(self.ops, self.numbers[1:], self.values[1:], strict=True)
+        return str(self.numbers[0]) + "".join(f"{op}{number}={value}" for op, number, value in steps)
+
+    @property
+    def expression(self) -> str:
+        """`(5*3)-2`: everything before the last operation in parentheses."""
+        text = str(self.numbers[0])
+        for index, (op, number) in enumerate(zip(self.ops, self.numbers[1:], strict=True)):
+            text = f"({text}){op}{number}" if index else f"{text}{op}{number}"
+        return text
+
+
+def step(value: int, op: str, number: int) -> int | None:
+    """The next value of a chain, or None where it leaves 0..LARGEST or the integers."""
+    if op == "/":
+        return value // number if number and value % number == 0 else None
+    result = value + number if op == "+" else value - number if op == "-" else value * number
+    return result if 0 <= result <= LARGEST else None
+
+
+def chains(numbers: Sequence[int]) -> list[Attempt]:
+    """All distinct chains over the numbers that stay within 0..LARGEST."""
+    found: dict[tuple[tuple[int, ...], str], Attempt] = {}
+    for order in sorted(set(itertools.permutations(numbers))):
+        partial = [("", (order[0],))]
+        for number in order[1:]:
+            partial = [
+                (ops + op, (*values, result))
+                for ops, values in partial
+                for op in "+-*/"
+                if (result := step(values[-1], op, number)) is not None
+            ]
+        found.update({(order, ops): Attempt(order, ops, values) for ops, values in partial})
+    return list(found.values())
+
+
+def solve(numbers: Sequence[int], target: int) -> str | None:
+    """An expression that makes the target from all the numbers, found exactly over every tree and fraction; or None."""
+    return _solve(tuple((Fraction(number), str(number)) for number in numbers), Fraction(target))
+
+
+def _solve(items: tuple[tuple[Fraction, str], ...], target: Fraction) -> str | None:
+    if len(items) == 1:
+        return items[0][1] if items[0][0] == target else None
+    for i, j in itertools.permutations(range(len(items)), 2):
+        rest = tuple(item for k, item in enumerate(items) if k not in (i, j))
+        for joined in _joined(items[i], items[j], commutes=i < j):
+            if found := _solve((*rest, joined), target):
+                return found
+    return None
+
+
+def _joined(left: tuple[Fraction, str], right: tuple[Fraction, str], commutes: bool) -> Iterator[tuple[Fraction, str]]:
+    """Both ways of joining that need an order, and those that commute only once."""
+    (a, text_a), (b, text_b) = left, right
+    yield a - b, f"({text_a}-{text_b})"
+    if b:
+        yield a / b, f"({text_a}/{text_b})"
+    if commutes:
+        yield a + b, f"({text_a}+{text_b})"
+        yield a * b, f"({text_a}*{text_b})"
+
+
+def draw_problem(rng: random.Random, cell: str, max_operand: int) -> Problem:
+    """Random numbers and the value of a random chain over them as the target."""
+    size = parse_cell(cell)
+    while True:
+        numbers = tuple(rng.randint(1, max_operand) for _ in range(size))
+        attempt = draw_attempt(rng, numbers)
+        if attempt and attempt.values[-1] > 0:
+            return Problem(tuple(rng.sample(numbers, size)), attempt.values[-1], attempt.expression)
+
+
+def draw_attempt(rng: random.Random, numbers: Sequence[int], target: int | None = None) -> Attempt | None:
+    """A random chain; with a target, the last operation looks one step ahead. None when it gets stuck."""
+    order, ops = tuple(rng.sample(list(numbers), len(numbers))), ""
+    values: list[int] = [order[0]]
+    for index, number in enumerate(order[1:], 1):
+        open_ops = [op for op in "+-*/" if step(values[-1], op, number) is not None]
+        if not open_ops:
+            return None
+        hits = [op for op in open_ops if index == len(order) - 1 and step(values[-1], op, number) == target]
+        op = rng.choice(hits or open_ops)
+        result = step(values[-1], op, number)
+        assert result is not None
+        ops += op
+        values.append(result)
+    return Attempt(order, ops, tuple(values))
+
+
+def search_trace(rng: random.Random, problem: Problem, attempts: int) -> tuple[str, str]:
+    """(reasoning, answer) of the teacher: distinct attempts until a hit or the end of its patience."""
+    text, tried, last = "", set(), None
+    for _ in range(attempts * 4):
+        attempt = draw_attempt(rng, problem.numbers, problem.target)
+        if attempt is None or (attempt.numbers, attempt.ops) in tried:
+            continue
+        tried.add((attempt.numbers, attempt.ops))
+        last, value = attempt, attempt.values[-1]
+        text += attempt.text + ("!" if value == problem.target else "<" if value < problem.target else ">")
+        if value == problem.target or len(tried) == attempts:
+            break
+    return text, last.expression if last else problem.solution
+
+
+class Countdown:
+    """See the head of the module."""
+
+    name = "countdown"
+
+    def prompts(self, settings: Settings, split: str, count: int, seed: int) -> list[Prompt]:
+        """Distinct solvable problems of a split in exactly the mix of the settings, shuffled."""
+        check_split(split)
+        options = resolve(settings)
+        rng = random.Random(f"{self.name} prompts {split} {seed}")
+        cells = apportion(count, options["mix"])
+        filled = fill_cells(
+            cells,
+            draw=lambda cell: draw_problem(rng, cell, options["max_operand"]),
+            canonical=lambda problem: problem.canonical,
+            accept=lambda content: split_of(content, SHARES) == split,
+        )
+        prompts = [self._prompt(problem, cell, split) for cell, problems in filled.items() for problem in problems]
+        check_prompts(prompts, cells)
+        rng.shuffle(prompts)
+        return prompts
+
+    def traces(self, settings: Settings, count: int, seed: int) -> Iterator[tuple[Prompt, Trace]]:
+        """Problems of the split `base` with a search trace or, now and then, the solution at once."""
+        options = resolve(settings)
+        rng = random.Random(f"{self.name} traces {seed}")
+        for _ in range(count):
+            cell = rng.choices(list(options["mix"]), list(options["mix"].values()))[0]
+            problem = draw_problem(rng, cell, options["max_operand"])
+            while split_of(problem.canonical, SHARES) != "base":
+                problem = draw_problem(rng, cell, options["max_operand"])
+            yield self._prompt(problem, cell, "base"), teach(rng, problem, options)
+
+    def canonical_answer(self, response: str) -> str | None:
+        """The same string for algebraically equivalent expressions; None where the answer is no expression."""
+        try:
+            return parse_expression(visible_answer(response)).canonical()
+        except ValueError:
+            return None
+
+    def vocabulary_corpus(self) -> list[str]:
+        """Chat and prompt words only."""
+        return ["user\n", "assistant\n", "\n\n", "Make ", " from ", "system\n"] * 8
+
+    def style_of(self, response: str) -> str | None:
+        """Whether the response claims a hit: the verdict in the text that results have to be shown beside."""
+        reasoning, closed, _ = response.partition("</think>")
+        return None if not closed else "claims a hit" if "!" in reasoning else "gives up"
+
+    def _prompt(self, problem: Problem, cell: str, split: str) -> Prompt:
+        numbers = ",".join(str(number) for number in problem.numbers)
+        return Prompt(
+            prompt_id=prompt_id(self.name, self.name, problem.canonical),
+            task=self.name,
+            source=self.name,
+            split=split,
+            messages=user_message(f"Make {problem.target} from {numbers}"),
+            answer=problem.solution,
+            difficulty=cell,
+            extra={"numbers": list(problem.numbers), "target": problem.target},
+        )
+
+
+def teach(rng: random.Random, problem: Problem, options: Settings) -> Trace:
+    """One response of the teacher."""
+    if rng.random() < options["non_thinking"]:
+        return Trace(problem.solution, thinking=False, style="answer")
+    text, answer = search_trace(rng, problem, rng.choice(list(options["attempts"])))
+    return Trace(thinking_response(text, answer), thinking=True, style="claims a hit" if "!" in text else "gives up")
+
+
+def parse_cell(cell: str) -> int:
+    match = _CELL.fullmatch(cell)
+    if not match:
+        raise UserError(f"countdown: '{cell}' is no cell of the difficulty mix; write '2 numbers' to '5 numbers'.")
+    return int(match[1])
+
+
+def resolve(settings: Settings) -> dict[str, Any]:
+    """Settings over the defaults, with names and ranges checked."""
+    for key in settings:
+        if key not in DEFAULTS:
+            raise UserError(f"countdown: unknown setting '{key}'{nearest(key, DEFAULTS)}.")
+    options = {**DEFAULTS, **settings}
+    for cell in options["mix"]:
+        parse_cell(cell)
+    if not 2 <= options["max_operand"] <= LARGEST_OPERAND:
+        raise UserError(f"countdown: max_operand is {options['max_operand']}; it has to be 2 to {LARGEST_OPERAND}.")
+    return options
