@@ -1,0 +1,316 @@
+"""The reference engine's sampler, the rows it may never sample, and the rollouts stage around it (no vLLM needed)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from ziprc.artifacts import Layout, digest_file, manifest_of, write_manifest
+from ziprc.chat import CHATML_TEMPLATE
+from ziprc.config import Config, Sampling
+from ziprc.engines import sharding
+from ziprc.engines.base import EngineSettings, Request, gaps, make_engine, own_dtype, stop_token_ids, unknown_rows
+from ziprc.engines.hf import filtered, gumbel_noise, sample
+from ziprc.errors import UserError
+from ziprc.joint.bins import BinGrid
+from ziprc.joint.checkpoint import JointHead, save_checkpoint
+from ziprc.joint.readout import TokenPair, read_joint
+from ziprc.joint.vocabulary import derive_layout
+from ziprc.schemas import FinishReason, make_table, read_table, write_table
+from ziprc.stages import rollouts
+from ziprc.stages.context import Context
+
+GRID = BinGrid((0.0, 1.0), (0, 8, 16, 32, 64))
+VOCAB_SIZE = 288
+PROMPTS = 7
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the two tokens of ChatML."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML_TEMPLATE
+    return tokenizer
+
+
+def random_model(eos: int, seed: int = 0) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=VOCAB_SIZE, max_position_embeddings=256, initializer_range=0.3,
+        tie_word_embeddings=True, eos_token_id=eos, bos_token_id=None,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def make_world(root: Path) -> Layout:
+    """A results folder with test prompts, a random base and a `ziprc` checkpoint."""
+    layout = Layout(root, "x")
+    tokenizer = byte_tokenizer()
+    head = JointHead(derive_layout(tokenizer, VOCAB_SIZE, GRID.size), GRID)
+    save_checkpoint(layout.checkpoint("base"), random_model(tokenizer.eos_token_id), tokenizer, {})
+    save_checkpoint(layout.checkpoint("ziprc"), random_model(tokenizer.eos_token_id, 1), tokenizer, {}, head)
+    rows = [
+        dict(prompt_id=f"p{i}", task="t", source="t", split="test",
+             messages=[{"role": "user", "content": "?" * (i + 1)}], answer="1", difficulty="d", extra="{}")
+        for i in range(PROMPTS)
+    ]  # fmt: skip
+    for split in ("train", "test"):
+        write_table(layout.table("prompts", split), "prompts", make_table("prompts", rows))
+        write_manifest(layout.table("prompts", split), {}, {})
+    return layout
+
+
+def make_config(**runtime: int) -> Config:
+    own = dict(engine="hf", max_model_len=128, max_new_tokens=24, test_samples=3, shard_prompts=2, thinking_samples=2,
+               non_thinking_samples=1, many_prompts=2, many_samples=5)  # fmt: skip
+    return Config.model_validate({"rollouts": own, "runtime": runtime})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    return make_world(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture
+def settings(world: Layout) -> EngineSettings:
+    folder = world.checkpoint("ziprc")
+    tokenizer = byte_tokenizer()
+    return EngineSettings(
+        folder, Sampling(), stop_token_ids(folder, tokenizer), unknown_rows(folder, tokenizer), max_model_len=128
+    )
+
+
+def some_requests(count: int, cap: int = 24) -> list[Request]:
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(0, 250, rng.integers(2, 20)).tolist()) for _ in range(count)]
+    return [Request(str(i), prompt, 1000 + i, cap) for i, prompt in enumerate(prompts)]
+
+
+# --- the sampler ----------------------------------------------------------------------------------------------------
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(i) for i in range(20_000)]
+    counts = np.bincount(sample(logits.expand(20_000, -1), Sampling(min_p=0.0), generators), minlength=12)
+    # standard error of a frequency is at most 0.0035; 4 of them
+    assert np.abs(counts / 20_000 - logits.softmax(-1)[0].numpy()).max() < 0.014
+
+
+def test_gumbel_noise_has_the_moments_of_a_gumbel_and_no_shifted_copies() -> None:
+    noise = gumbel_noise(range(200), 500)
+    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.02)
+    assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.05)
+    assert abs(np.corrcoef(noise[0, 1:], noise[1, :-1])[0, 1]) < 0.2
+
+
+def test_filters_keep_what_their_definitions_say() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+
+    def kept(**options: float) -> list[int]:
+        return torch.isfinite(filtered(logits, Sampling(**{"min_p": 0.0, **options}))[0]).nonzero().flatten().tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(min_p=0.4) == [0, 1]
+    assert kept(top_k=3) == [0, 1, 2]
+    assert kept(top_p=0.7) == [0, 1]
+    assert kept(top_p=0.01) == [0]
+
+
+def test_temperature_zero_is_the_argmax() -> None:
+    logits = torch.randn(5, 9)
+    assert torch.equal(sample(logits, Sampling(temperature=0.0), []), logits.argmax(-1))
+
+
+# --- what an engine is told about a checkpoint ----------------------------------------------------------------------
+
+
+def test_gaps_are_the_rows_without_a_token() -> None:
+    assert gaps([0, 1, 3, 7], 10) == ((2, 3), (4, 7), (8, 10))
+    assert gaps(range(10), 10) == ()
+
+
+def test_every_end_token_stops(world: Layout, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert stop_token_ids(tmp_path, tokenizer) == (3, tokenizer.eos_token_id)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 5]}')
+    assert stop_token_ids(tmp_path, tokenizer) == (4, 5, tokenizer.eos_token_id)
+
+
+def test_dtype_auto_is_that_of_the_checkpoint(settings: EngineSettings) -> None:
+    assert own_dtype(replace(settings, dtype="auto")) == "float32"
+
+
+def test_a_context_longer_than_the_model_is_refused(settings: EngineSettings) -> None:
+    with pytest.raises(UserError, match="has 256 positions"):
+        make_engine("hf", replace(settings, max_model_len=512))
+
+
+# --- the reference engine -------------------------------------------------------------------------------------------
+
+
+def test_a_response_depends_on_its_request_alone(settings: EngineSettings) -> None:
+    requests = some_requests(12)
+    together = make_engine("hf", settings).generate(requests)
+    assert [r.key for r in together] == [r.key for r in requests]
+    in_small_batches = make_engine("hf", replace(settings, max_num_seqs=3)).generate(requests[::-1])[::-1]
+    assert [r.token_ids for r in together] == [r.token_ids for r in in_small_batches]
+
+
+def test_finish_reasons_and_stop_tokens(settings: EngineSettings) -> None:
+    heard: list[int] = []
+    everything_stops = replace(settings, stop_token_ids=tuple(range(0, 256, 8)))
+    responses = make_engine("hf", everything_stops).generate(some_requests(40, cap=6), heard.append)
+    for response in responses:
+        stopped = response.token_ids[-1] % 8 == 0 and response.token_ids[-1] < 256
+        assert response.finish_reason == (FinishReason.STOP if stopped else FinishReason.LENGTH)
+        assert stopped or len(response.token_ids) == 6
+        assert not any(i % 8 == 0 and i < 256 for i in response.token_ids[:-1])
+    assert {r.finish_reason for r in responses} == {FinishReason.STOP, FinishReason.LENGTH}
+    assert sorted(heard) == sorted(len(r.token_ids) for r in responses)
+
+
+def test_the_reading_while_sampling_is_the_labelled_state(settings: EngineSettings) -> None:
+    from ziprc.joint.checkpoint import load_model, read_joint_head
+
+    head = read_joint_head(settings.model)
+    requests = some_requests(6)
+    responses = make_engine("hf", replace(settings, joint=head)).generate(requests)
+    pairs = [TokenPair(q.prompt_token_ids, r.token_ids) for q, r in zip(requests, responses, strict=True)]
+    for i, joint in read_joint(load_model(settings.model), head, pairs):
+        np.testing.assert_allclose(responses[i].joint, joint, atol=1e-5)
+
+
+def test_reserved_rows_are_never_sampled_by_the_reference(settings: EngineSettings) -> None:
+    hot = replace(settings, sampling=Sampling(temperature=2.0, min_p=0.0), stop_token_ids=(), max_model_len=250)
+
+    def reserved(one: EngineSettings, count: int) -> tuple[int, int]:
+        tokens = [i for r in make_engine("hf", one).generate(some_requests(count, cap=200)) for i in r.token_ids]
+        return sum(i >= hot.banned[0][0] for i in tokens), len(tokens)
+
+    found, total = reserved(hot, 500)
+    assert (found, total) == (0, 100_000)
+    assert reserved(replace(hot, banned=()), 20)[0] > 50  # the same settings do sample them when nothing is banned
+
+
+# --- the stage ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_was_planned(world: Layout) -> None:
+    config = make_config()
+    line = rollouts.run(Context(config, world, "train"))
+    table = read_table(world.table("rollouts", "train"), "rollouts")
+    assert line.startswith(f"wrote {PROMPTS * 3} rollouts of ")
+    assert table["prompt_id"].to_pylist() == [f"p{i}" for i in range(PROMPTS) for _ in range(3)]
+    assert table["thinking"].to_pylist() == [True, True, False] * PROMPTS
+    first, tokenizer = table.slice(0, 1).to_pylist()[0], byte_tokenizer()
+    assert tokenizer.decode(first["prompt_token_ids"]) == "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
+    assert "<think>\n\n</think>" in tokenizer.decode(table["prompt_token_ids"][2].as_py())
+    assert max(max(ids) for ids in table["response_token_ids"].to_pylist()) < len(tokenizer)
+    assert not (world.home / "rollouts" / ".train.shards").exists()
+    manifest = json.loads(manifest_of(world.table("rollouts", "train")).read_text())
+    assert manifest["params"]["thinking_samples"] == 2 and set(manifest["parents"]) == {"prompts", "policy"}
+    assert table.schema.metadata.keys() >= {b"sampling", b"tokenizer"}
+
+
+def test_drift_is_paired_and_many_is_many(world: Layout) -> None:
+    tables = {}
+    for name in ("test", "test-ziprc", "test-many"):
+        rollouts.run(Context(make_config(), world, name))
+        tables[name] = read_table(world.table("rollouts", name), "rollouts")
+    assert tables["test"]["seed"] == tables["test-ziprc"]["seed"]
+    assert tables["test"]["rollout_id"] != tables["test-ziprc"]["rollout_id"]
+    assert set(tables["test-ziprc"]["policy"].to_pylist()) == {"ziprc"}
+    assert tables["test-many"]["prompt_id"].to_pylist() == ["p0"] * 5 + ["p1"] * 5
+
+
+def test_an_interrupted_stage_resumes_by_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path)
+    context = Context(make_config(), world, "test")
+    rollouts.run(context)
+    whole = digest_file(world.table("rollouts", "test"))
+    world.table("rollouts", "test").unlink()
+
+    made: list[str] = []
+    make = sharding._make_shard
+
+    def two_then_killed(engine, shard, *rest):  # type: ignore[no-untyped-def]
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(shard.path.name)
+        make(engine, shard, *rest)
+
+    work = world.home / "rollouts" / ".test.shards"
+    monkeypatch.setattr(sharding, "_make_shard", two_then_killed)
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.run(context)
+    (work / "00009-stale.parquet").write_text("from other inputs")
+    kept = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
+    assert set(made) < set(kept)
+
+    def remember(engine, shard, *rest):  # type: ignore[no-untyped-def]
+        made.append(shard.path.name)
+        make(engine, shard, *rest)
+
+    monkeypatch.setattr(sharding, "_make_shard", remember)
+    rollouts.run(context)
+    assert len(made) == len(set(made)) == 4
+    assert digest_file(world.table("rollouts", "test")) == whole
+
+
+def test_other_science_uses_other_shards(world: Layout) -> None:
+    tokenizer, names = byte_tokenizer(), []
+    prompt = {"prompt_id": "p", "messages": [{"role": "user", "content": "?"}]}
+    for config in (make_config(), make_config(max_num_seqs=5), make_config().model_copy(update={"seed": 1})):
+        plan = rollouts.plan_of(config, "test")
+        wanted = [list(rollouts.wanted_of(prompt, plan, tokenizer, config.seed))]
+        digest = rollouts.digest_json([rollouts.params_of(config, "rollouts", "test")])
+        names.append(rollouts.shards_of(wanted, 2, world.home, digest)[0].path.name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_the_number_of_workers_changes_no_byte(world: Layout) -> None:
+    digests = []
+    for workers in (1, 2):
+        rollouts.run(Context(make_config(workers=workers), world, "test"))
+        digests.append(digest_file(world.table("rollouts", "test")))
+    assert digests[0] == digests[1]
+
+
+def test_a_worker_that_dies_fails_the_stage(settings: EngineSettings, tmp_path: Path) -> None:
+    job = sharding.Job("worker 1", "hf", replace(settings, model=tmp_path), "base", 4, ())  # a folder without a model
+    with pytest.raises(UserError, match="worker 1 died with exit code 2"):
+        sharding._run_workers([job], [None])
+
+
+def test_prompts_that_do_not_fit_are_refused_with_the_numbers(world: Layout) -> None:
+    config = make_config()
+    tight = config.model_copy(update={"rollouts": config.rollouts.model_copy(update={"max_model_len": 48})})
+    numbers = r"2 of 7 prompts.*prompt p6 has 26 tokens.*24 new tokens.*limit of 48.*at least 50"
+    with pytest.raises(UserError, match=numbers):
+        rollouts.run(Context(tight, world, "test"))
+
+
+@pytest.mark.parametrize("name", ["tset", "test-zipcr", "base"])
+def test_an_unknown_table_is_refused(world: Layout, name: str) -> None:
+    with pytest.raises(UserError, match="There is no rollouts table"):
+        rollouts.run(Context(make_config(), world, name))
+
+
+def test_no_disk_space_is_said_before_the_engine_starts(world: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
+    with pytest.raises(UserError, match="MiB free"):
+        rollouts.run(Context(make_config(), world, "test"))

@@ -1,0 +1,140 @@
+"""What an engine is: requests in, responses out, in the order given.
+
+Two engines stand behind this interface: vLLM, and plain Transformers as the exact reference. A response depends on its
+request alone (prompt, seed, cap) and on the settings; order and batching may move a logit by a rounding error, nothing
+else. Two rules hold in both, at any setting: rows of the output matrix that the tokenizer does not know are never
+sampled, and the finish reason is the engine's own word. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ziprc.artifacts import read_json
+from ziprc.config import Sampling
+from ziprc.errors import UserError, nearest
+from ziprc.joint.vocabulary import Vocabulary
+from ziprc.schemas import FinishReason
+
+if TYPE_CHECKING:
+    from ziprc.joint.checkpoint import JointHead
+
+Rows = tuple[int, int]  # half-open range of rows of the output matrix
+OnTokens = Callable[[int], None]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted. `key` is the caller's name for it."""
+
+    key: str
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came out; `token_ids` include the stop token.
+
+    Row j of `joint` [m, R·L] comes from the forward pass that emitted token j, so it knows the tokens before j only:
+    the same state as labelled state j of `joint.readout`. None unless the engine was asked to read.
+    """
+
+    key: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    joint: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The model, how it is sampled, and the knobs of the machine.
+
+    `joint` is read at every token when it is given; `banned` rows are never sampled either way.
+    """
+
+    model: Path
+    sampling: Sampling
+    stop_token_ids: tuple[int, ...]
+    banned: tuple[Rows, ...]
+    max_model_len: int
+    joint: JointHead | None = None
+    dtype: Dtype = "float32"
+    max_num_seqs: int = 256
+    tensor_parallel: int = 1
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: int = 1
+    enforce_eager: bool = True
+
+
+class Engine(Protocol):
+    """Generates. Every call to `generate` starts from a drained engine with an empty prefix cache."""
+
+    def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
+        """Responses in the order of the requests; `on_tokens` hears how many tokens each finished response has."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_engine(kind: str, settings: EngineSettings) -> Engine:
+    """Start the engine `vllm` or `hf`. Raises UserError when the model cannot hold `max_model_len` tokens."""
+    _check_length(settings)
+    if kind == "vllm":
+        from ziprc.engines.vllm import VLLMEngine
+
+        return VLLMEngine(settings)
+    if kind == "hf":
+        from ziprc.engines.hf import HFEngine
+
+        return HFEngine(settings)
+    raise UserError(f"There is no engine '{kind}'{nearest(kind, ('vllm', 'hf'))}.")
+
+
+def _check_length(settings: EngineSettings) -> None:
+    config = read_json(settings.model / "config.json")
+    limit = config.get("max_position_embeddings")
+    if limit and settings.max_model_len > limit and not config.get("rope_scaling"):
+        raise UserError(
+            f"max_model_len is {settings.max_model_len}, but the model in {settings.model} has {limit} positions "
+            "(max_position_embeddings). Lower max_model_len, or use a model with a longer context."
+        )
+
+
+def own_dtype(settings: EngineSettings) -> str:
+    """The dtype to run in; `auto` is that of the checkpoint (vLLM's own `auto` would turn float32 into bfloat16)."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    config = read_json(settings.model / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a response: those of the generation config (else of the model config) and the tokenizer's."""
+    source = folder / "generation_config.json"
+    named = read_json(source if source.exists() else folder / "config.json").get("eos_token_id")
+    found = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    stops = tuple(sorted(int(i) for i in found if i is not None))
+    if not stops:
+        raise UserError(f"{folder} names no end token: neither generation config nor tokenizer has eos_token_id.")
+    return stops
+
+
+def unknown_rows(folder: Path, tokenizer: Vocabulary) -> tuple[Rows, ...]:
+    """The rows of the output matrix that are no token: the joint head and whatever pads the vocabulary."""
+    return gaps(tokenizer.get_vocab().values(), read_json(folder / "config.json")["vocab_size"])
+
+
+def gaps(used: Iterable[int], size: int) -> tuple[Rows, ...]:
+    """Half-open ranges of [0, size) that hold no used id."""
+    edges = [-1, *sorted({i for i in used if i < size}), size]
+    return tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 1)

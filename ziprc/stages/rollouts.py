@@ -1,0 +1,165 @@
+"""rollouts: sample responses from a policy. Facts only: what was asked, what came out, why it ended.
+
+`train` and `test` are sampled from `checkpoints/base`; `test-many` gives the first test prompts many rollouts, for the
+empirical joint; `test-<checkpoint>` samples the test prompts from that checkpoint, with the seeds of `test`, so that drift
+is a paired comparison. Seeds follow from (run seed, prompt, thinking, index). Shards and workers: engines/sharding.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ziprc.artifacts import (
+    derived_seed,
+    digest_file,
+    digest_json,
+    manifest_of,
+    output_lock,
+    require_space,
+    write_manifest,
+)
+from ziprc.chat import prompt_token_ids
+from ziprc.config import Config, head_names, params_of
+from ziprc.engines.base import EngineSettings, stop_token_ids, unknown_rows
+from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
+from ziprc.errors import UserError, nearest
+from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
+from ziprc.schemas import FinishReason, read_table, write_table
+from ziprc.stages.context import Context, run_stage
+
+BYTES_PER_TOKEN = 6  # of id and text, compressed, in the shards and in the merged table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a name stands for: which prompts, which policy, how many samples with and without thinking."""
+
+    prompts: str
+    limit: int | None
+    policy: str
+    samples: tuple[tuple[bool, int], ...]
+
+
+def plan_of(config: Config, name: str) -> Plan:
+    """The plan of a table name; UserError naming the known ones."""
+    own = config.rollouts
+    test = ((own.test_thinking, own.test_samples),)
+    plans = {
+        "train": Plan("train", None, "base", ((True, own.thinking_samples), (False, own.non_thinking_samples))),
+        "test": Plan("test", None, "base", test),
+        "test-many": Plan("test", own.many_prompts, "base", ((own.test_thinking, own.many_samples),)),
+        **{f"test-{head}": Plan("test", None, head, test) for head in head_names(config)},
+    }
+    if name not in plans:
+        raise UserError(f"There is no rollouts table '{name}'{nearest(name, plans)}.")
+    if plans[name].limit == 0:
+        raise UserError(f"The table '{name}' would be empty: rollouts.many_prompts is 0.")
+    return plans[name]
+
+
+def wanted_of(prompt: dict[str, Any], plan: Plan, tokenizer: Any, seed: int) -> Iterator[Wanted]:
+    """The rollouts of one prompt. Seeds do not depend on the policy."""
+    for thinking, count in plan.samples:
+        ids = tuple(prompt_token_ids(tokenizer, prompt["messages"], thinking)) if count else ()
+        for index in range(count):
+            own_seed = derived_seed(seed, prompt["prompt_id"], thinking, index)
+            yield Wanted(prompt["prompt_id"], thinking, index, own_seed, ids)
+
+
+def check_fit(wanted: Sequence[Sequence[Wanted]], config: Config) -> None:
+    """Refuse prompts that leave no room for a whole response."""
+    own = config.rollouts
+    room = own.max_model_len - own.max_new_tokens
+    lengths = {w.prompt_id: len(w.prompt) for group in wanted for w in group}
+    long = {prompt_id: n for prompt_id, n in lengths.items() if n > room}
+    if long:
+        worst = max(long, key=lambda prompt_id: long[prompt_id])
+        raise UserError(
+            f"{len(long)} of {len(lengths)} prompts do not fit: prompt {worst} has {long[worst]} tokens, and with up "
+            f"to {own.max_new_tokens} new tokens (rollouts.max_new_tokens) it passes the limit of {own.max_model_len}. "
+            f"Raise rollouts.max_model_len to at least {long[worst] + own.max_new_tokens}, or lower "
+            "rollouts.max_new_tokens."
+        )
+
+
+def engine_settings(config: Config, folder: Path, tokenizer: Any) -> EngineSettings:
+    """How rollouts run the policy in `folder`. A joint head that overlaps tokens is refused here."""
+    if "joint" in read_manifest(folder):
+        read_joint_head(folder)
+    own, machine = config.rollouts, config.runtime
+    return EngineSettings(
+        model=folder,
+        sampling=own.sampling,
+        stop_token_ids=stop_token_ids(folder, tokenizer),
+        banned=unknown_rows(folder, tokenizer),
+        max_model_len=own.max_model_len,
+        dtype=own.dtype,
+        max_num_seqs=machine.max_num_seqs,
+        tensor_parallel=machine.tensor_parallel,
+        gpu_memory_utilization=machine.gpu_memory_utilization,
+        kv_cache_gib=machine.kv_cache_gib,
+        enforce_eager=machine.enforce_eager,
+    )
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    names = [name for name in (*TOKENIZER_FILES, "chat_template.jinja") if (folder / name).exists()]
+    return digest_json({name: digest_file(folder / name) for name in sorted(names)})
+
+
+def run(context: Context) -> str:
+    config, layout = context.config, context.layout
+    plan = plan_of(config, context.name)
+    policy, source = layout.checkpoint(plan.policy), layout.table("prompts", plan.prompts)
+    target, params = layout.table("rollouts", context.name), params_of(config, "rollouts", context.name)
+    parents = {"prompts": source, "policy": policy}
+
+    prompts = read_table(source, "prompts").slice(0, plan.limit).to_pylist()
+    read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
+    tokenizer = load_tokenizer(policy)
+    wanted = [list(wanted_of(prompt, plan, tokenizer, config.seed)) for prompt in prompts]
+    check_fit(wanted, config)
+    settings = engine_settings(config, policy, tokenizer)
+    require_space(target.parent, sum(map(len, wanted)) * config.rollouts.max_new_tokens * BYTES_PER_TOKEN)
+
+    digest = digest_json([params, {role: digest_file(manifest_of(path)) for role, path in parents.items()}])
+    work = target.parent / f".{target.stem}.shards"
+    shards = shards_of(wanted, config.rollouts.shard_prompts, work, digest)
+    with output_lock(target):
+        drop_stale(work, shards)
+        make_shards(
+            shards,
+            f"rollouts {context.name}",
+            config.rollouts.engine,
+            config.runtime.workers,
+            settings,
+            plan.policy,
+            config.rollouts.max_new_tokens,
+        )
+        table = pa.concat_tables(read_table(shard.path, "rollouts") for shard in shards)
+        metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
+        write_table(target, "rollouts", table, metadata)
+        write_manifest(target, params, parents)
+        shutil.rmtree(work)
+    return _closing_line(table, target)
+
+
+def _closing_line(table: pa.Table, target: Path) -> str:
+    tokens = pc.sum(pc.list_value_length(table["response_token_ids"])).as_py()
+    finished = pc.mean(pc.equal(table["finish_reason"], FinishReason.STOP.value)).as_py()
+    return f"wrote {table.num_rows} rollouts of {tokens} tokens, {finished:.1%} finished, to {target}"
+
+
+if __name__ == "__main__":
+    run_stage("rollouts", run)
