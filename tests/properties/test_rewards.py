@@ -1,0 +1,36 @@
+"""What holds of graders for all inputs."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ziprc.rewards.base import Question
+from ziprc.rewards.countdown import CountdownGrader
+from ziprc.rewards.exact import ExactGrader, canonical_integer
+from ziprc.rewards.judge import as_data
+
+
+@given(st.integers())
+def test_canonical_integers_are_those_of_python(number: int) -> None:
+    assert canonical_integer(f" {number:+} ") == canonical_integer(f"{number:040d}") == str(number)
+
+
+@given(st.integers(), st.integers())
+def test_exact_is_equality_of_integers(answer: int, said: int) -> None:
+    grade = ExactGrader().grade([Question((), f"<think>{answer}</think>{said}", str(answer))])[0]
+    assert grade.score == float(answer == said)
+
+
+@given(st.text(max_size=60))
+def test_no_text_breaks_a_rule_grader(text: str) -> None:
+    question = Question((), text, "12", {"numbers": [3, 4], "target": 12})
+    assert ExactGrader().grade([question])[0].score in (0.0, 1.0)
+    assert CountdownGrader().grade([question])[0].score in (0.0, 1.0)
+
+
+@given(st.text("<|/ab>", max_size=40), st.lists(st.text("<|/ab>", min_size=2, max_size=4), max_size=3))
+def test_broken_strings_are_gone_and_nothing_else_is_lost(text: str, forbidden: list[str]) -> None:
+    safe = as_data(text, forbidden)
+    assert not any(word in safe for word in forbidden)
+    assert safe.replace(" ", "") == text

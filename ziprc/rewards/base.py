@@ -1,0 +1,111 @@
+"""What a grader is given and what it gives: a score in [0, 1], or the reason why there is none.
+
+A grader looks at finished responses only and in batches. "No score" is never turned into "wrong": a grader that ran out
+of time, crashed or could not be understood says so in the status, and later stages decide what that means. A response
+in which a rule finds no answer at all *is* wrong: that is a fact about the response, not about the grader.
+
+Two graders combine in one way (`decide`): the rule goes first, and what it calls right (score 1) stands. Whatever else
+it says (wrong, timeout, error) may be its own blindness, so the judge is asked if there is one, and the judge's grade
+stands, also when it has no score: an answer that neither could read is not called wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+from ziprc.progress import progress
+from ziprc.schemas import GradeStatus
+
+RATIONALE_CHARACTERS = 500
+ITEMS_PER_CALL = 256  # between two updates of the progress bar
+QUIET_S = 5.0  # shorter work shows no progress bar
+
+
+@dataclass(frozen=True)
+class Question:
+    """One finished response and what it is compared with. `extra` is what the task knows about the prompt."""
+
+    messages: tuple[Mapping[str, str], ...]
+    response: str
+    answer: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verdict. `score` is None exactly when `status` is not `graded`."""
+
+    score: float | None
+    status: GradeStatus
+    extracted_answer: str | None = None
+    rationale: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.score is None) == (self.status != GradeStatus.GRADED), f"score {self.score} with {self.status}"
+        assert self.score is None or 0 <= self.score <= 1, f"score {self.score} outside [0, 1]"
+
+
+class Grader(Protocol):
+    """Anything that tells right answers from wrong ones."""
+
+    name: str
+
+    def lacks(self, question: Question) -> str | None:
+        """What the prompt would need for this grader and does not have; None when it has everything."""
+        ...
+
+    def grade(self, items: Sequence[Question]) -> list[Grade]:
+        """One grade per item, in order; a grade depends on its item alone."""
+        ...
+
+
+def graded(score: float, extracted_answer: str | None = None, rationale: str | None = None) -> Grade:
+    """A grade with a score."""
+    return Grade(float(score), GradeStatus.GRADED, extracted_answer, rationale)
+
+
+def ungraded(status: GradeStatus, rationale: str | None = None) -> Grade:
+    """A grade without a score, and why."""
+    return Grade(None, status, None, rationale[:RATIONALE_CHARACTERS] if rationale else None)
+
+
+def lacks_answer(question: Question) -> str | None:
+    """The usual need of a grader: a reference answer."""
+    return None if question.answer and question.answer.strip() else "a reference answer"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A grade and the name of the grader that gave it."""
+
+    grader: str
+    grade: Grade
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def decide(items: Mapping[Key, Question], rule: Grader | None, judge: Grader | None) -> dict[Key, Decision]:
+    """The rule first; the judge for everything that the rule does not call right."""
+    decisions = _ask(items, rule) if rule else {}
+    if judge:
+        settled = {key for key, decision in decisions.items() if decision.grade.score == 1}
+        open_items = {key: item for key, item in items.items() if key not in settled}
+        verdicts = judge.grade(list(open_items.values()))
+        decisions |= {key: Decision(judge.name, v) for key, v in zip(open_items, verdicts, strict=True)}
+    return decisions
+
+
+def _ask(items: Mapping[Key, Question], grader: Grader) -> dict[Key, Decision]:
+    """Grade in pieces, with a progress bar when it takes long."""
+    decisions: dict[Key, Decision] = {}
+    waiting = iter(items.items())
+    with progress(len(items), f"grades by {grader.name}", "answers", after_s=QUIET_S) as bar:
+        while piece := list(islice(waiting, ITEMS_PER_CALL)):
+            grades = grader.grade([item for _, item in piece])
+            decisions |= {key: Decision(grader.name, g) for (key, _), g in zip(piece, grades, strict=True)}
+            bar.update(len(piece))
+    return decisions
