@@ -1,0 +1,575 @@
+"""Data, order, optimizer, trainer and the two training stages, on a random 2-layer model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_model, tiny_tables, tiny_tokenizer
+from ziprc.artifacts import Layout, manifest_of
+from ziprc.config import Config, Head, Runtime
+from ziprc.errors import UserError
+from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_joint_head, read_manifest
+from ziprc.joint.readout import body_states
+from ziprc.joint.vocabulary import VocabLayout
+from ziprc.schemas import make_table, read_table
+from ziprc.stages import base as base_stage
+from ziprc.stages import train_joint
+from ziprc.stages.context import Context
+from ziprc.training.heads import JointTrainee, SliceHead, freeze, joint_trainee, labelled
+from ziprc.training.objectives.joint import ANY_REWARD
+from ziprc.training.optimizers import OptimizerSettings, make_optimizer, schedule_factor
+from ziprc.training.packing import (
+    MicroBatches,
+    Plan,
+    RolloutData,
+    plan_by_count,
+    plan_by_tokens,
+    prompt_fold,
+    rollout_data,
+    sequences_from_table,
+)
+from ziprc.training.scratch import build_tokenizer
+from ziprc.training.trainer import COMPLETE, fit, last_complete_state
+
+HERE = Path(__file__)
+SETTINGS = OptimizerSettings("muon", 3e-3, 1e-3, warmup=0.25)
+
+
+# --- tables to labels ---
+
+
+def rollouts_table(finish: list[str], responses: list[list[int]], prompt: list[int] | None = None) -> pa.Table:
+    rows = [
+        {"rollout_id": f"r{i}", "prompt_id": f"p{i}", "sample_index": 0, "seed": i,
+         "prompt_token_ids": prompt or [1, 2, 3], "response_token_ids": r,
+         "response_text": "", "finish_reason": f, "thinking": i % 2 == 0, "policy": "base"}
+        for i, (f, r) in enumerate(zip(finish, responses, strict=True))
+    ]  # fmt: skip
+    return make_table("rollouts", rows)
+
+
+def grades_table(scores: list[tuple[float | None, str]]) -> pa.Table:
+    rows = [
+        {
+            "rollout_id": f"r{i}",
+            "grader": "g",
+            "score": s,
+            "status": status,
+            "extracted_answer": None,
+            "rationale": None,
+        }
+        for i, (s, status) in enumerate(scores)
+    ]
+    return make_table("grades", rows)
+
+
+def one_rollout(m: int, finish: str = "stop", **head: Any) -> dict[str, torch.Tensor]:
+    data = rollout_data(
+        rollouts_table([finish], [list(range(m))]),
+        grades_table([(1.0, "graded")] if finish == "stop" else [(None, "unfinished")]),
+        Head(**{"max_length": 10**6, **head}), head_grid(),
+    )  # fmt: skip
+    return data.batch(np.array([0]))
+
+
+def head_grid() -> Any:
+    from ziprc.joint.bins import BinGrid
+
+    return BinGrid((0.0, 1.0), (0, 256, 512, 1024, 2048, 4096, 8192))
+
+
+def test_the_stop_token_counts_as_remaining_unless_the_legacy_switch_is_on() -> None:
+    assert one_rollout(256)["length_bin"][0] == 1  # 256 to come
+    assert one_rollout(255)["length_bin"][0] == 0
+    assert one_rollout(256, legacy_off_by_one=True)["length_bin"][0] == 0  # the published count: 255
+    assert one_rollout(257, legacy_off_by_one=True)["length_bin"][0] == 1
+    assert one_rollout(1)["length_bin"].tolist() == [0]  # one token, the stop token: still one to come
+
+
+def test_every_state_that_emits_a_response_token_is_labelled() -> None:
+    batch = one_rollout(5)
+    assert batch["positions"].tolist() == [2, 3, 4, 5, 6]  # prompt of 3: state 2 emits the first token
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 1, 2, 3]]  # the last token is no input
+
+
+def test_cutting_the_input_does_not_change_length_labels() -> None:
+    whole, cut = one_rollout(5000), one_rollout(5000, max_length=1000)
+    assert cut["input_ids"].shape[1] == 1000
+    assert torch.equal(whole["length_bin"][: len(cut["length_bin"])], cut["length_bin"])
+    assert cut["length_bin"][0] == 5 and len(cut["positions"]) == 998
+
+
+def test_a_capped_rollout_is_censored_and_its_score_follows_the_config() -> None:
+    assert one_rollout(300, "length")["censored"].all()
+    assert not one_rollout(300, "length", censored="as_observed")["censored"].any()
+    assert (one_rollout(300, "length")["reward_bin"] == 0).all()
+    assert (one_rollout(300, "length", unfinished="ignore")["reward_bin"] == ANY_REWARD).all()
+    with pytest.raises(UserError, match="'unfinished': 1"):
+        one_rollout(300, "length", unfinished="drop")
+
+
+def test_what_cannot_be_learned_from_is_left_out_and_counted() -> None:
+    finish = ["stop", "abort", "stop", "length", "stop", "stop"]
+    grades = [(1.0, "graded"), (None, "error"), (None, "unparseable"), (None, "unfinished"), (0.0, "graded")]
+    data = rollout_data(rollouts_table(finish, [[5]] * 6), grades_table(grades), Head(unfinished="drop"), head_grid())
+    assert data.sequences.names == ["r0", "r4"] and data.reward_bin.tolist() == [1, 0]
+    assert data.dropped == {"without a label": 1, "aborted": 1, "ungraded": 1, "unfinished": 1}
+    thinking = rollout_data(
+        rollouts_table(finish, [[5]] * 6), grades_table(grades), Head(), head_grid(), thinking_only=True
+    )
+    assert thinking.sequences.names == ["r0", "r4"]
+
+
+def test_values_are_joined_by_rollout_and_not_by_row() -> None:
+    values = [{"rollout_id": f"r{i}", "critic": "c", "fold": 0, "value": v} for i, v in ((2, 0.9), (0, 0.1), (1, 0.6))]
+    data = rollout_data(
+        rollouts_table(["stop", "stop", "length"], [[7], [8], [9]]), make_table("values", values), Head(label="value"),
+        head_grid(),
+    )  # fmt: skip
+    assert data.reward_bin.tolist() == [0, 1, 0]  # the capped one counts as zero
+
+
+def test_flattening_keeps_prompt_then_response() -> None:
+    table = pa.concat_tables([rollouts_table(["stop"], [[9, 8]]), rollouts_table(["stop"], [[7]], [4, 5])])
+    own = sequences_from_table(table)
+    assert own.tokens.tolist() == [1, 2, 3, 9, 8, 4, 5, 7] and own.offsets.tolist() == [0, 5, 8]
+
+
+def test_a_fold_is_a_stable_share_of_prompts() -> None:
+    folds = [prompt_fold(f"p{i}", 4) for i in range(2000)]
+    assert folds == [prompt_fold(f"p{i}", 4) for i in range(2000)] and set(folds) == {0, 1, 2, 3}
+    assert min(np.bincount(folds)) > 400
+
+
+# --- the order ---
+
+
+def test_every_sequence_is_seen_once_per_epoch_in_steps_of_one_size() -> None:
+    lengths = np.random.default_rng(0).integers(5, 100, 96)
+    plan = plan_by_count(lengths, 32, 8, 1, 2.0, -1, seed=3)
+    assert plan.steps == 6 and plan.slots == 4 and all(len(b) == 8 for b in plan.micro_batches)
+    first = np.concatenate(plan.micro_batches[: 3 * plan.slots])
+    assert sorted(first) == list(range(96))
+    assert not np.array_equal(first, np.concatenate(plan.micro_batches[3 * plan.slots :]))
+
+
+def test_a_step_holds_the_same_rollouts_on_any_number_of_devices() -> None:
+    lengths = np.random.default_rng(0).integers(5, 100, 64)
+    one, four = (plan_by_count(lengths, 16, micro, world, 1.5, -1, seed=3) for micro, world in ((16, 1), (2, 4)))
+
+    def steps(plan: Plan) -> list[list[int]]:
+        starts = range(0, len(plan.micro_batches), plan.slots)
+        return [sorted(np.concatenate(plan.micro_batches[i : i + plan.slots]).tolist()) for i in starts]
+
+    assert (one.slots, four.slots) == (1, 8) and one.steps == four.steps == 6
+    assert steps(one) == steps(four)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "micro", "world"), [(3, 128, 16, 1), (1, 16, 4, 2), (100, 10, 4, 1), (7, 7, 2, 3)]
+)
+def test_no_micro_batch_is_empty_or_too_large_and_there_is_a_step(
+    count: int, batch: int, micro: int, world: int
+) -> None:
+    plan = plan_by_count(np.full(count, 9), batch, micro, world, 1.0, -1, seed=0)
+    assert plan.steps >= 1 and plan.slots % world == 0
+    assert all(1 <= len(b) <= micro for b in plan.micro_batches)
+
+
+def test_max_steps_caps_the_plan_and_so_the_schedule_knows_it() -> None:
+    assert plan_by_count(np.full(100, 9), 10, 10, 1, 2.0, 5, seed=0).steps == 5
+    with pytest.raises(UserError, match="batch_size is 2, but 4 processes"):
+        plan_by_count(np.full(100, 9), 2, 1, 4, 2.0, -1, seed=0)
+
+
+def test_token_batches_are_near_their_budget_and_use_every_sequence_once() -> None:
+    lengths = np.random.default_rng(0).integers(20, 120, 3000)
+    plan = plan_by_tokens(lengths, 2048, int(lengths.sum()), 1, seed=0)
+    tokens = np.array([lengths[b].sum() for b in plan.micro_batches])
+    assert sorted(np.concatenate(plan.micro_batches)) == list(range(3000))
+    assert 0.9 < tokens.mean() / 2048 < 1.1 and tokens.max() < 2048 * 1.3
+    padded = sum(len(b) * lengths[b].max() for b in plan.micro_batches)
+    assert padded < 1.12 * lengths.sum()
+
+
+# --- optimizer and schedule ---
+
+
+def test_warm_up_acts_on_the_first_step_and_the_rate_ends_at_zero() -> None:
+    rates = [schedule_factor(i, 100, 0.05, "cosine") for i in range(101)]
+    assert 0 < rates[0] < rates[4] < rates[5] == 1 and rates[100] == pytest.approx(0) and rates[99] > 0
+    assert 0 < schedule_factor(0, 1, 0.05, "linear") < 1  # a single step is a warm-up step
+    assert schedule_factor(0, 10, 0.0, "linear") == 1
+
+
+def test_muon_takes_hidden_matrices_and_survives_a_round_trip() -> None:
+    model = tiny_model(tiny_tokenizer())
+    optimizer = make_optimizer(model, SETTINGS)
+    matrices, others = (group["params"] for group in optimizer.param_groups)
+    assert all(p.ndim == 2 for p in matrices) and any(p is model.lm_head.weight for p in others)
+    assert len(matrices) + len(others) == len(list(model.parameters()))
+
+    def step(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        model(input_ids=torch.arange(8)[None]).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(optimizer, model)
+    twin = tiny_model(tiny_tokenizer())
+    twin.load_state_dict(model.state_dict())
+    restored = make_optimizer(twin, SETTINGS)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        step(optimizer, model)
+        step(restored, twin)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+# --- the trainer ---
+
+
+def tiny_joint() -> JointHead:
+    return JointHead(VocabLayout(ROWS, 261, 261, GRID.size), GRID)
+
+
+def tiny_data(count: int = 24, censored: bool = True) -> RolloutData:
+    rng = np.random.default_rng(0)
+    table = rollouts_table(["stop"] * count, [rng.integers(0, 250, rng.integers(2, 30)).tolist() for _ in range(count)])
+    return rollout_data(table, grades_table([(float(i % 2), "graded") for i in range(count)]), Head(), GRID)
+
+
+def tiny_run(
+    folder: Path, steps: int = 8, save: int = 100, trainable: str = "all", world: int = 1, micro: int = 3
+) -> Any:
+    head = Head(kl=1.0, trainable=trainable, epochs=steps * 6 / 24, batch_size=6)
+    data = tiny_data()
+    plan = plan_by_count(data.input_lengths(), 6, micro, world, head.epochs, -1, seed=0)
+    reference = freeze(tiny_model(tiny_tokenizer())) if trainable == "all" else None
+    trainee = joint_trainee(tiny_model(tiny_tokenizer()), tiny_joint(), head, 16, reference)
+    runtime = Runtime(save_steps=save, position_chunk=16)
+    return trainee, fit(trainee, MicroBatches(data, plan), SETTINGS, runtime, folder, seed=1)
+
+
+def weights(trainee: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainee.named_parameters()}
+
+
+def test_training_lowers_the_loss_and_reports_its_parts(tmp_path: Path) -> None:
+    _, short = tiny_run(tmp_path / "a" / "x", steps=1)
+    _, outcome = tiny_run(tmp_path / "b" / "x", steps=30)
+    assert outcome.steps == 30 and set(outcome.parts) == {"loss", "ce", "kl"}
+    assert outcome.parts["ce"] < short.parts["ce"]
+    assert short.parts["kl"] == 0  # before the first step, model and reference are equal
+
+
+def test_the_step_does_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
+    whole, parts = (weights(tiny_run(tmp_path / str(m) / "x", micro=m, steps=2)[0]) for m in (6, 2))
+    for name in whole:  # sums in another order, and Muon's bfloat16 orthogonalisation amplifies them
+        assert torch.allclose(whole[name], parts[name], atol=2e-4), name
+
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}]
+from tests.unit.test_training import tiny_run
+from ziprc.training.trainer import Meter
+count = 0
+add = Meter.add
+def counted(self, *args):
+    global count
+    count += 1
+    if count == {micro_batches}:
+        os.kill(os.getpid(), signal.{signal})
+    add(self, *args)
+Meter.add = counted
+tiny_run(Path({folder!r}), save=2)
+"""
+
+
+def start_and_kill(folder: Path, micro_batches: int, name: str) -> subprocess.CompletedProcess[str]:
+    code = KILLED_RUN.format(root=str(HERE.parents[2]), folder=str(folder), micro_batches=micro_batches, signal=name)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    straight, _ = tiny_run(tmp_path / "straight" / "x")
+    folder = tmp_path / "killed" / "x"
+    ended = start_and_kill(folder, 2 * 5, name)  # two micro-batches per step: inside step 5 of 8
+    state = last_complete_state(folder)
+    assert state is not None, ended.stderr
+    if name == "SIGKILL":
+        assert ended.returncode == -signal.SIGKILL and state.name == "checkpoint-4"
+    else:
+        assert ended.returncode == 1 and "Stopped by SIGTERM after step 5 of 8" in ended.stderr
+        assert state.name == "checkpoint-5"
+    resumed, outcome = tiny_run(folder, save=2)
+    assert outcome.steps == 8
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(resumed).values(), strict=True))
+
+
+def test_an_incomplete_state_is_not_resumed_and_a_stale_one_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / ".x.training" / "new"
+    (folder / "checkpoint-6").mkdir(parents=True)
+    (folder / "checkpoint-4").mkdir()
+    (folder / "checkpoint-4" / COMPLETE).touch()
+    assert last_complete_state(folder) == folder / "checkpoint-4"
+    stale = folder.parent / "old" / "checkpoint-9"
+    stale.mkdir(parents=True)
+    (folder / "checkpoint-4" / COMPLETE).unlink()
+    tiny_run(folder, steps=1)
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_is_not_taken_and_names_its_rollouts(tmp_path: Path, what: str) -> None:
+    data = tiny_data()
+    model = tiny_model(tiny_tokenizer())
+    with torch.no_grad():
+        if what == "loss":
+            model.lm_head.weight[tiny_joint().layout.joint_slice] = torch.nan
+        else:
+            model.get_parameter("model.norm.weight").register_hook(lambda g: g * torch.inf)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainee = joint_trainee(model, tiny_joint(), Head(), 16, None)
+    plan = plan_by_count(data.input_lengths(), 6, 3, 1, 1.0, -1, seed=0)
+    with pytest.raises(UserError, match=rf"The {what} is not finite at step 1 of 4.*r\d+, r\d+"):
+        fit(trainee, MicroBatches(data, plan), SETTINGS, Runtime(), tmp_path / "a" / "x", seed=1)
+    assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
+
+
+DISTRIBUTED_RUN = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}]
+import torch
+from safetensors.torch import save_file
+from tests.unit.test_training import tiny_run, weights
+trainee, outcome = tiny_run(Path({folder!r}) / "x" / "y", steps=3, world=2, save=2)
+import os
+save_file(weights(trainee), {folder!r} + "/rank" + os.environ["RANK"] + ".safetensors")
+"""
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED_RUN.format(root=str(HERE.parents[2]), folder=str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = weights(tiny_run(tmp_path / "alone" / "x", steps=3)[0])
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    for name in alone:
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], alone[name], atol=2e-4), name  # sums in another order, through bfloat16
+
+
+# --- models ---
+
+
+def test_padding_does_not_reach_a_labelled_state() -> None:
+    model, data = tiny_model(tiny_tokenizer()), tiny_data(6)
+    with torch.no_grad():
+        together = labelled(model, data.batch(np.arange(6)))
+        alone = torch.cat([labelled(model, data.batch(np.array([i]))) for i in range(6)])
+        batch = data.batch(np.arange(6))
+        masked = body_states(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)[batch["positions"]]
+    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(together, masked, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_slice_only_head_leaves_every_text_logit_bit_identical(tmp_path: Path, tied: bool) -> None:
+    torch.set_num_threads(1)
+    base, model = (tiny_model(tiny_tokenizer(), tied=tied) for _ in range(2))
+    data = tiny_data()
+    trainee = joint_trainee(model, tiny_joint(), Head(trainable="slice", kl=5.0), 16, None)
+    assert isinstance(trainee, SliceHead) and [n for n, p in trainee.named_parameters() if p.requires_grad] == [
+        "slice_weight"
+    ]
+    plan = plan_by_count(data.input_lengths(), 6, 6, 1, 2.0, -1, seed=0)
+    fit(
+        trainee,
+        MicroBatches(data, plan),
+        OptimizerSettings("adamw", 1e-2, 1e-2),
+        Runtime(),
+        tmp_path / "a" / "x",
+        seed=0,
+    )
+    merged = trainee.merged()
+    rows = tiny_joint().layout.joint_slice
+    text = [v for v in range(ROWS) if not rows.start <= v < rows.stop]
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        before, after = base(input_ids=ids).logits, merged.eval()(input_ids=ids).logits
+    assert torch.equal(before[..., text], after[..., text]) and not torch.equal(before[..., rows], after[..., rows])
+    for (name, a), (_, b) in zip(base.named_parameters(), merged.named_parameters(), strict=True):
+        if "embed" not in name and "lm_head" not in name:
+            assert torch.equal(a, b), name
+
+
+def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
+    data = tiny_data()
+    trainee = joint_trainee(
+        tiny_model(tiny_tokenizer()), tiny_joint(), Head(kl=1.0), 16, freeze(tiny_model(tiny_tokenizer()))
+    )
+    plan = plan_by_count(data.input_lengths(), 6, 6, 1, 1.0, -1, seed=0)
+    outcome = fit(trainee, MicroBatches(data, plan), SETTINGS, Runtime(bf16=True), tmp_path / "a" / "x", seed=0)
+    assert outcome.parts["loss"] < 10 and {p.dtype for p in trainee.parameters()} == {torch.float32}
+    assert isinstance(trainee, JointTrainee)
+
+
+# --- the stages ---
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Context]:
+    torch.set_num_threads(1)
+    layout = Layout(tmp_path / "results", "tiny")
+    head = {"epochs": 1, "batch_size": 16, "optimizer": "muon", "learning_rate": 1e-3, "reward_centres": (0.0, 1.0)}
+    joint = {
+        "length_edges": GRID.length_edges, "noisy": head,
+        "ziprc": {**head, "kl": 1.0, "reward_centres": GRID.reward_centres},
+        "lite": {**head, "trainable": "slice", "optimizer": "adamw"},
+    }  # fmt: skip
+    tiny_checkpoint(layout.checkpoint("base"), joint=False)
+    tiny_tables(layout, "train", prompts=20, samples=3, unfinished=0.2)
+    yield Context(Config.model_validate({"train_joint": joint, "prompts": {"task": "arithmetic"}}), layout, "noisy")
+
+
+def test_train_joint_writes_a_checkpoint_that_describes_itself(world: Context) -> None:
+    lines = {
+        name: train_joint.run(Context(world.config, world.layout, name)) for name in ("noisy-fold0", "ziprc", "lite")
+    }
+    for name, line in lines.items():
+        folder = world.layout.checkpoint(name)
+        assert read_joint_head(folder).layout.joint_start == 261 and str(folder) in line
+        record = read_manifest(folder)
+        assert set(record["parents"]) == {"base", "rollouts", "grades"} and record["objective"] == "joint"
+        assert record["params"]["epochs"] == 1
+        assert load_model(folder).dtype == torch.float32
+        assert not list(folder.parent.glob(f".{name}.training/*"))
+    seen, dropped = set(lines["noisy-fold0"].split()), set(lines["ziprc"].split())
+    assert seen != dropped  # fewer rollouts than the head that sees all folds
+
+
+def test_a_fold_critic_never_sees_prompts_of_its_fold(world: Context) -> None:
+    rollouts = read_table(world.layout.table("rollouts", "train"), "rollouts")
+    for fold in (0, 1):
+        seen = train_joint.outside_fold(rollouts, f"noisy-fold{fold}", 2)["prompt_id"].unique().to_pylist()
+        assert seen and all(prompt_fold(p, 2) != fold for p in seen)
+    assert train_joint.outside_fold(rollouts, "ziprc", 2) is rollouts
+
+
+def test_two_runs_of_train_joint_write_the_same_bytes(world: Context) -> None:
+    digests = []
+    for _ in range(2):
+        train_joint.run(Context(world.config, world.layout, "ziprc"))
+        digests.append(manifest_of(world.layout.checkpoint("ziprc")).read_bytes())
+    assert digests[0] == digests[1]
+
+
+class TinyTask:
+    """Adds two digits; stands in for the real task."""
+
+    name = "tiny"
+
+    def prompts(self, settings: Any, split: str, count: int, seed: int) -> list[Any]:
+        return []
+
+    def canonical_answer(self, response: str) -> str | None:
+        return response
+
+    def style_of(self, response: str) -> str | None:
+        return None
+
+    def vocabulary_corpus(self) -> list[str]:
+        return ["Compute the sum of numbers, then answer"] * 3
+
+    def traces(self, settings: Any, count: int, seed: int) -> Iterator[Any]:
+        from ziprc.tasks.base import Prompt, Trace, user_message
+
+        rng = np.random.default_rng(seed)
+        for i in range(count):
+            a, b = rng.integers(0, 50, 2)
+            yield (
+                Prompt(str(i), "tiny", "tiny", "base", user_message(f"Compute {a}+{b}"), str(a + b), "easy"),
+                Trace(f"<think>\n{a}+{b}\n</think>\n\n{a + b}", True, "plain"),
+            )
+
+
+def scratch_config(**base: Any) -> Config:
+    architecture = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "num_key_value_heads": 1, "head_dim": 16}  # fmt: skip
+    return Config.model_validate({"base": {"tokens": 3000, "batch_tokens": 256, "architecture": architecture, **base}})
+
+
+def test_base_from_scratch_is_a_normal_transformers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_stage, "get_task", lambda name: TinyTask())
+    layout = Layout(tmp_path, "tiny")
+    base_stage.run(Context(scratch_config(), layout, "base"))
+    folder = layout.checkpoint("base")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    assert (
+        model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    )
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    text = "<think>\n12+345\n</think>\n\n357<|im_end|>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removesuffix("<|im_end|>")
+    assert all(len(tokenizer.decode([i])) == 1 for i in ids[2:8])  # digits stand alone
+    assert read_manifest(folder)["base"] == {"model": "scratch"}
+    first = (folder / "model.safetensors").read_bytes()
+    base_stage.run(Context(scratch_config(), layout, "base"))
+    assert (folder / "model.safetensors").read_bytes() == first
+
+
+def test_the_tokenizer_is_a_function_of_its_corpus() -> None:
+    corpus, architecture = TinyTask().vocabulary_corpus(), scratch_config().base.architecture
+    one, two = (build_tokenizer(corpus, architecture) for _ in range(2))
+    assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
+    with pytest.raises(UserError, match="free rows"):
+        build_tokenizer(corpus, architecture.model_copy(update={"vocab_size": 260}))
+
+
+def test_base_copies_a_local_folder_and_refuses_one_without_a_chat_template(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", joint=False)
+    layout = Layout(tmp_path, "tiny")
+    base_stage.run(Context(scratch_config(model=str(source)), layout, "base"))
+    assert (layout.checkpoint("base") / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert read_manifest(layout.checkpoint("base"))["base"]["model"] == str(source)
+    (source / "chat_template.jinja").unlink()
+    other = Layout(tmp_path, "other")
+    with pytest.raises(UserError, match="no chat template"):
+        base_stage.run(Context(scratch_config(model=str(source)), other, "base"))
+    assert not manifest_of(other.checkpoint("base")).exists()
+
+
+def test_base_offline_says_which_stage_needs_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    def offline(*args: Any, **options: Any) -> None:
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"Stage `base` needs the network.*make fetch EXPERIMENT=tiny"):
+        base_stage.run(Context(scratch_config(model="nobody/nothing"), Layout(tmp_path, "tiny"), "base"))

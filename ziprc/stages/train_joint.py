@@ -1,0 +1,110 @@
+"""train_joint: the joint heads `noisy` (or cross-fitted, `noisy-fold<i>`), `ziprc` and `lite`, each from the base.
+
+`noisy-fold<i>` sees only rollouts of prompts outside fold i. All heads start at the same row of the output matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import pyarrow as pa
+import torch
+from transformers import AutoConfig
+
+from ziprc.artifacts import derived_seed, digest_file, manifest_of, output_lock
+from ziprc.config import head_of, head_params
+from ziprc.joint.bins import BinGrid
+from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_manifest, save_checkpoint
+from ziprc.joint.vocabulary import derive_layout
+from ziprc.schemas import read_table
+from ziprc.stages.context import Context, is_main_process, run_stage
+from ziprc.training.heads import freeze, joint_objective, joint_trainee
+from ziprc.training.optimizers import OptimizerSettings
+from ziprc.training.packing import MicroBatches, RolloutData, plan_by_count, prompt_fold, rollout_data
+from ziprc.training.trainer import fit, forget_states, state_folder, world_size
+
+
+def outside_fold(rollouts: pa.Table, name: str, folds: int) -> pa.Table:
+    """For `noisy-fold<i>`, the rollouts whose prompt is not in fold i; for every other head, all."""
+    _, fold, number = name.partition("-fold")
+    if not fold:
+        return rollouts
+    prompts = rollouts["prompt_id"].unique().to_pylist()
+    wanted = pa.array([p for p in prompts if prompt_fold(p, folds) != int(number)], pa.string())
+    return rollouts.filter(pa.compute.is_in(rollouts["prompt_id"], value_set=wanted))
+
+
+def run(context: Context) -> str:
+    config, layout, name = context.config, context.layout, context.name
+    section, head, runtime = config.train_joint, head_of(config, name), config.runtime
+    base, target = layout.checkpoint("base"), layout.checkpoint(name)
+    labels = "grades" if head.label == "score" else "values"
+    sources = {kind: layout.table(kind, "train") for kind in ("rollouts", labels)}
+    seed = derived_seed(config.seed, "train_joint", name)
+
+    tokenizer, model = load_tokenizer(base), load_model(base)
+    model.set_attn_implementation(runtime.attention)
+    if runtime.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    grid = BinGrid(head.reward_centres, section.length_edges)
+    rows = model.get_output_embeddings().weight.shape[0]
+    joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
+
+    rollouts = outside_fold(read_table(sources["rollouts"], "rollouts"), name, config.values.folds)
+    data = rollout_data(rollouts, read_table(sources[labels], labels), head, grid, section.thinking_only)
+    plan = plan_by_count(
+        data.input_lengths(),
+        head.batch_size,
+        runtime.rollouts_per_device,
+        world_size(),
+        head.epochs,
+        head.max_steps,
+        seed,
+    )
+    reference = None
+    if joint_objective(head, joint, runtime.position_chunk).kl > 0:
+        half = runtime.bf16 and torch.cuda.is_available()
+        reference = freeze(load_model(base, torch.bfloat16 if half else torch.float32))
+    trainee = joint_trainee(model, joint, head, runtime.position_chunk, reference)
+    settings = OptimizerSettings(
+        head.optimizer, head.learning_rate, head.adamw_learning_rate or head.learning_rate, head.weight_decay,
+        head.betas, head.warmup, head.schedule, head.max_grad_norm,
+    )  # fmt: skip
+    parents = {role: digest_file(manifest_of(path)) for role, path in {"base": base, **sources}.items()}
+    params = head_params(config, name)
+    record = {
+        "objective": "joint",
+        "params": params,
+        "base": read_manifest(base).get("base"),
+        "parents": parents,
+        "seed": seed,
+    }
+
+    with output_lock(target) if is_main_process() else contextlib.nullcontext():
+        announce(name, data)
+        folder = state_folder(target, record)
+        outcome = fit(trainee, MicroBatches(data, plan), settings, runtime, folder, seed)
+        if is_main_process():
+            if outcome.gathered is not None:
+                trainee = joint_trainee(load_model(base), joint, head, runtime.position_chunk, reference)
+                trainee.load_state_dict(outcome.gathered, strict=False)
+            finished = trainee.merged().to(dtype=AutoConfig.from_pretrained(base).dtype or torch.float32)
+            save_checkpoint(target, finished, tokenizer, record, joint)
+            forget_states(target)
+    return f"{name} trained on {len(data.sequences)} rollouts, {outcome.text()}, wrote {target}"
+
+
+def announce(name: str, data: RolloutData) -> None:
+    """One line on what is trained on and what was left out."""
+    if is_main_process():
+        left_out = ", ".join(f"{count} {why}" for why, count in data.dropped.items()) or "none"
+        censored = int(data.censored.sum())
+        print(
+            f"{name}: {len(data.sequences)} rollouts, {censored} of them censored; left out: {left_out}",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run_stage("train_joint", run)

@@ -1,0 +1,1 @@
+"""How weights move: data, objectives, and the one trainer that runs them."""
