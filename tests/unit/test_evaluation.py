@@ -1,0 +1,538 @@
+"""Evaluation: each statistic on small cases with known answers, and the five stages on a tiny real experiment."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.doubles import GRID, tiny_experiment
+from ziprc.artifacts import Layout, digest_file, manifest_of, read_json
+from ziprc.config import Config
+from ziprc.errors import UserError
+from ziprc.evaluation import dag, inspection
+from ziprc.evaluation.accuracy import LengthPrediction, auroc, length_metrics
+from ziprc.evaluation.bootstrap import Estimate, Resampling
+from ziprc.evaluation.calibration import calibration_metrics, length_curve, reliability_curve, sampling_floor
+from ziprc.evaluation.description import majority_scores
+from ziprc.evaluation.logits import kl_drift, token_scores
+from ziprc.evaluation.metrics import LengthReference, NoLoss, Target, policy_record
+from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions
+from ziprc.evaluation.probes import ProbeSettings, logistic_prediction, probe_prediction
+from ziprc.evaluation.report import negative_findings, read_benchmarks
+from ziprc.evaluation.states import pieces, read_states, states_table
+from ziprc.joint.bins import BinGrid
+from ziprc.joint.checkpoint import load_model, read_joint_head
+from ziprc.joint.readout import TokenPair
+from ziprc.schemas import make_table, read_table, write_table
+from ziprc.stages import baselines, evaluate, introspection, report, values
+from ziprc.stages.context import Context
+
+CONFIG = {
+    "evaluate": {"bootstrap": 50, "last_k": 4},
+    "baselines": {"probe_epochs": 3, "probe_hidden": 8},
+    "rollouts": {"many_prompts": 6},
+    "values": {"last_k": 4},
+    "report": {"rollouts_shown": 3},
+    "train_joint": {
+        "length_edges": list(GRID.length_edges),
+        "ziprc": {"label": "value", "reward_centres": list(GRID.reward_centres), "kl": 10},
+        "lite": {"label": "value", "reward_centres": list(GRID.reward_centres), "trainable": "slice"},
+    },
+}
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_replicate_is_the_sample_and_every_replicate_draws_as_many_prompts():
+    boot = Resampling([0, 0, 1, 2], 30, seed=1)
+    assert (boot.counts[0] == 1).all()
+    assert (boot.counts.sum(1) == 3).all()
+
+
+def test_copies_of_a_prompt_do_not_narrow_its_interval():
+    rng = np.random.default_rng(0)
+    score = (rng.random(60) < 0.5).astype(float)
+    once = Resampling(np.arange(60), 400, 0).ratio(score).interval()
+    tenfold = Resampling(np.repeat(np.arange(60), 10), 400, 0).ratio(np.repeat(score, 10)).interval()
+    assert once == tenfold
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for trial in range(200):
+        rate = rng.beta(2, 2, 50)
+        group = np.repeat(np.arange(50), 6)
+        found = Resampling(group, 200, trial).ratio((rng.random(300) < rate[group]).astype(float)).interval(0.9)
+        hits += found["low"] <= 0.5 <= found["high"]
+    assert 0.82 <= hits / 200 <= 0.96  # 0.9 ± 3.5 standard errors, a little less for 50 prompts
+
+
+def test_a_difference_of_a_predictor_from_itself_is_exactly_zero():
+    boot = Resampling(np.repeat(np.arange(20), 4), 50, 0)
+    rng = np.random.default_rng(0)
+    found = auroc(boot, rng.random(80), rng.random(80) < 0.5)
+    assert (found - found).interval() == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_what_does_not_exist_is_null_and_never_nan():
+    boot = Resampling([0, 1, 2], 20, 0)
+    nothing = auroc(boot, [0.1, 0.2, 0.3], [True, True, True]).interval()
+    assert nothing == {"value": None, "low": None, "high": None}
+    assert "NaN" not in json.dumps(nothing)
+
+
+def test_an_interval_needs_half_of_its_replicates():
+    mostly_undefined = Estimate(np.array([0.5, 0.5, np.nan, np.nan, np.nan]))
+    assert mostly_undefined.interval() == {"value": 0.5, "low": None, "high": None}
+
+
+# --- accuracy and calibration -----------------------------------------------------------------------------------------
+
+
+def test_a_perfect_prediction_has_auroc_one_and_a_constant_one_half():
+    boot = Resampling(np.arange(6), 10, 0)
+    good = np.array([0, 0, 0, 1, 1, 1], bool)
+    assert auroc(boot, good.astype(float), good).value == 1.0
+    assert auroc(boot, np.zeros(6), good).value == 0.5
+
+
+def test_exact_probabilities_have_ece_zero():
+    boot = Resampling(np.arange(10), 10, 0)
+    score = np.array([1, 0, 0, 0, 0, 1, 1, 1, 1, 0], float)
+    prediction = np.repeat([0.2, 0.8], 5)
+    found = calibration_metrics(boot, prediction, score, 10)
+    assert found["ece"].value == pytest.approx(0, abs=1e-12)
+    assert found["brier"].value == pytest.approx(0.16)
+
+
+def test_a_reliability_curve_counts_every_rollout_once():
+    boot = Resampling(np.arange(50), 10, 0)
+    prediction = np.linspace(0, 1, 50)
+    curve = reliability_curve(boot, prediction, prediction, 10, 0.95)
+    assert sum(record["count"] for record in curve) == 50
+    assert all(record["observed"]["value"] == pytest.approx(record["predicted"], abs=1e-5) for record in curve)
+
+
+def test_length_metrics_on_a_case_done_by_hand():
+    boot = Resampling(np.arange(4), 10, 0)
+    remaining = np.array([3, 9, 10, 30])
+    predicted = LengthPrediction(
+        bin=np.array([0, 1, 1, 1]), median=np.array([3.9, 12.2, 10.0, 20.0]), low=np.array([3.1, 9.5, 11.0, 10.0]),
+        high=np.array([5.0, 12.0, 12.0, 29.9]),
+    )  # fmt: skip
+    found = length_metrics(boot, predicted, remaining, np.array([0, 1, 1, 2]), constant=10.0, majority_bin=1)
+    assert found["bin_accuracy"].value == 0.75
+    assert found["majority_bin_share"].value == 0.5
+    assert found["median_mae"].value == (0 + 3 + 0 + 10) / 4
+    assert found["constant_mae"].value == (7 + 1 + 0 + 20) / 4
+    assert found["mae_gain"].value == 1 - 13 / 28
+    assert found["coverage_80"].value == 0.5
+
+
+def test_a_length_of_one_token_is_inside_a_bin_of_one_token():
+    boot = Resampling([0, 1], 10, 0)
+    inside = LengthPrediction(np.array([1, 1]), np.array([1.5, 1.5]), np.array([1.1, 1.1]), np.array([1.9, 1.9]))
+    found = length_metrics(boot, inside, np.array([1, 1]), np.array([1, 1]), 3.0, 0)
+    assert found["coverage_80"].value == 1 and found["median_mae"].value == 0
+
+
+def test_the_reference_is_the_median_and_commonest_bin_of_training():
+    reference = LengthReference.fit(np.array([[20, 10], [40, 20], [24, 12]]), GRID)
+    assert reference.constant.tolist() == [24, 12]
+    assert reference.majority_bin.tolist() == [2, 1]
+
+
+def test_length_curves_have_equal_groups_in_order():
+    curve = length_curve(np.arange(100.0)[::-1], np.arange(100)[::-1])
+    assert [record["count"] for record in curve] == [10] * 10
+    assert curve[0]["predicted"] == 4.5 and curve[0]["real"][1] == 4.5
+
+
+def test_the_sampling_floor_falls_with_the_number_of_samples_and_is_zero_for_a_certain_prediction():
+    even, certain = np.full((1, 8), 1 / 8), np.eye(8)[:1]
+    few, many = (sampling_floor(even, np.array([n]), 0)[0] for n in (8, 512))
+    assert few > 0.25 > many > 0
+    assert sampling_floor(certain, np.array([5]), 0)[0] == 0
+
+
+def test_a_target_is_judged_in_its_direction():
+    record = {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert Target("x", 0.4, True, record).record()["met"] is True
+    assert Target("x", 0.4, False, record).record()["met"] is False
+    assert Target("x", 0.4, True, {"value": None, "low": None, "high": None}).record()["met"] is None
+
+
+def test_a_loss_is_missed_only_when_the_whole_interval_is_below_and_undecided_when_it_is_wide():
+    def met(low: float, high: float) -> bool | None:
+        return NoLoss("x", 0.0, True, {"value": (low + high) / 2, "low": low, "high": high}).record()["met"]
+
+    assert met(-0.05, -0.01) is False
+    assert met(-0.08, 0.02) is None
+    assert met(-0.01, 0.01) is True
+
+
+def test_majority_counts_answers_and_shares_ties():
+    group = np.array([0, 0, 0, 1, 1, 2, 2])
+    answers = ["4", "4", "5", "1", "2", None, None]
+    assert majority_scores(group, answers, np.array([1, 1, 0, 1, 0, 0, 0.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+# --- outcomes and states ----------------------------------------------------------------------------------------------
+
+
+def graded(statuses: list[str], finish: list[str]) -> tuple[pa.Table, pa.Table]:
+    n = len(statuses)
+    rollouts = make_table(
+        "rollouts",
+        [
+            {"rollout_id": f"r{i}", "prompt_id": f"p{i // 2}", "sample_index": i % 2, "seed": i,
+             "prompt_token_ids": [1], "response_token_ids": [1] * (i + 1),
+             "response_text": "x", "finish_reason": finish[i], "thinking": True,
+             "policy": "base"} for i in range(n)
+        ],
+    )  # fmt: skip
+    grades = make_table(
+        "grades",
+        [
+            {"rollout_id": f"r{i}", "grader": "exact", "score": 1.0 if s == "graded" else None, "status": s,
+             "extracted_answer": None, "rationale": None} for i, s in reversed(list(enumerate(statuses)))
+        ],
+    )  # fmt: skip
+    return rollouts, grades
+
+
+def test_unfinished_scores_zero_and_unparseable_is_left_out_and_counted():
+    outcomes = join_outcomes(*graded(["graded", "unfinished", "unparseable"], ["stop", "length", "stop"]), "here")
+    assert outcomes.score.tolist() == [1.0, 0.0]
+    assert outcomes.rows.tolist() == [0, 1]
+    assert outcomes.finished.tolist() == [True, False]
+    assert outcomes.ungraded == 1
+
+
+def test_a_split_without_any_score_is_refused():
+    with pytest.raises(UserError, match="not one rollout has a score"):
+        join_outcomes(*graded(["error", "timeout"], ["stop", "stop"]), "grades/test.parquet")
+
+
+def test_a_missing_grade_is_refused_by_name():
+    rollouts, grades = graded(["graded", "graded"], ["stop", "stop"])
+    with pytest.raises(UserError, match=r"grades: rollout r1"):
+        align(grades.slice(1), rollouts["rollout_id"].combine_chunks(), "grades")
+
+
+def test_moments_of_short_responses_stay_inside():
+    assert moment_positions(np.array([1, 2, 8])).tolist() == [[0] * 5, [0, 0, 1, 1, 1], [0, 2, 4, 6, 7]]
+
+
+def random_states(lengths: list[int]) -> tuple[pa.Array, list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return pa.array([f"r{i}" for i in range(len(lengths))]), [
+        rng.dirichlet(np.ones(GRID.size), m).astype(np.float32) for m in lengths
+    ]
+
+
+def test_states_are_found_whatever_the_order_of_rows(tmp_path: Path):
+    lengths = np.array([3, 1, 6])
+    ids, joints = random_states(lengths.tolist())
+    table = states_table(ids, joints, GRID)
+    shuffled = table.take(pa.array(np.random.default_rng(1).permutation(table.num_rows)))
+    pq.write_table(shuffled, tmp_path / "ziprc.parquet")
+    wanted = pa.array(["r2", "r0"])
+    states = read_states(tmp_path / "ziprc.parquet", wanted, lengths[[2, 0]], np.array([[0, 5], [2, 2]]), GRID.size)
+    assert np.allclose(states.at[0], joints[2][[0, 5]], atol=1e-3)
+    assert np.allclose(states.at[1], joints[0][[2, 2]], atol=1e-3)
+    centres = np.array(GRID.reward_centres)
+    expected = joints[2].reshape(6, GRID.R, GRID.L).sum(-1) @ centres
+    assert np.allclose(states.last_mean(2)[0], expected[-2:].mean(), atol=1e-6)
+    assert np.allclose(states.last_mean(100)[0], expected.mean(), atol=1e-6)
+
+
+def test_a_states_table_of_other_rollouts_is_refused(tmp_path: Path):
+    ids, joints = random_states([3, 2])
+    write_table(tmp_path / "ziprc.parquet", "introspection", states_table(ids, joints, GRID))
+    with pytest.raises(UserError, match=r"does not hold every state of rollout r1 \(4 tokens\)"):
+        read_states(tmp_path / "ziprc.parquet", ids, np.array([3, 4]), np.zeros((2, 1), int), GRID.size)
+    with pytest.raises(UserError, match="every row must have 7 cells"):
+        read_states(tmp_path / "ziprc.parquet", ids, np.array([3, 2]), np.zeros((2, 1), int), 7)
+
+
+def test_pieces_cover_all_rows_once_in_order():
+    rollouts, _ = graded(["graded"] * 9, ["stop"] * 9)
+    parts = list(pieces(rollouts, tokens=10))
+    assert pa.concat_tables(parts).equals(rollouts)
+    assert len(parts) > 2 and parts[-1].num_rows == 1
+
+
+# --- full-vocabulary quantities --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    """A tiny experiment with every stage of this file run on it."""
+    layout = Layout(tmp_path_factory.mktemp("results"), "tiny")
+    tiny_experiment(layout)
+    context = Context(Config.model_validate(CONFIG), layout, "")
+    for stage, name in [(values, "train"), (values, "test-many"), (introspection, "ziprc"), (introspection, "lite")]:
+        stage.run(replace(context, name=name))
+    baselines.run(replace(context, name="test"))
+    evaluate.run(replace(context, name="metrics"))
+    report.run(replace(context, name="report"))
+    return context
+
+
+def test_token_scores_equal_the_naive_full_forward(experiment: Context):
+    model = load_model(experiment.layout.checkpoint("base"))
+    pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
+    for i, scores in token_scores(model, 261, pairs, 1000, chunk=3):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*pairs[i].prompt, *pairs[i].response]])).logits[0, :, :261]
+        log_probs = torch.log_softmax(logits[len(pairs[i].prompt) - 1 : -1], -1)
+        chosen = log_probs[torch.arange(len(pairs[i].response)), torch.tensor(pairs[i].response)]
+        assert np.allclose(scores.log_prob, chosen.numpy(), atol=1e-5)
+        assert np.allclose(scores.entropy, -(log_probs.exp() * log_probs).sum(-1).numpy(), atol=1e-5)
+
+
+def test_drift_is_zero_at_equal_weights_and_equals_the_naive_kl_otherwise(experiment: Context):
+    old, new = (load_model(experiment.layout.checkpoint(name)) for name in ("base", "ziprc"))
+    rows = read_joint_head(experiment.layout.checkpoint("ziprc")).layout
+    pairs = [TokenPair([5, 6], [8, 9, 10]), TokenPair([1], [2])]
+    assert (kl_drift(old, old, rows, pairs, 100, 2) == 0).all()
+    keep = [i for i in range(rows.vocab_size) if not rows.joint_start <= i < rows.joint_stop]
+    with torch.inference_mode():
+        p, q = (torch.log_softmax(m(torch.tensor([[5, 6, 8, 9]])).logits[0, 1:, keep].double(), -1) for m in (old, new))
+    naive = float((p.exp() * (p - q)).sum())
+    assert naive > 0.01
+    assert kl_drift(old, new, rows, pairs, 100, 2)[0] == pytest.approx(naive, abs=1e-5)
+
+
+def test_drift_does_not_see_the_slice(experiment: Context):
+    old, new = (load_model(experiment.layout.checkpoint("base")) for _ in range(2))
+    rows = read_joint_head(experiment.layout.checkpoint("ziprc")).layout
+    with torch.no_grad():
+        new.get_output_embeddings().weight[rows.joint_slice] += 5.0
+    assert (kl_drift(old, new, rows, [TokenPair([5, 6], [8, 9, 10])], 100, 2) == 0).all()
+
+
+# --- predictors -------------------------------------------------------------------------------------------------------
+
+
+def test_the_logistic_finds_a_probability_and_takes_fractional_scores():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 1))
+    p = 1 / (1 + np.exp(-2 * x[:, 0]))
+    hard = logistic_prediction(x, (rng.random(4000) < p).astype(float), x, degree=1)
+    soft = logistic_prediction(x, p, x, degree=1)
+    assert np.abs(hard - p).max() < 0.06 and np.abs(soft - p).max() < 0.02
+
+
+def test_the_logistic_is_the_constant_when_training_has_one_class():
+    assert logistic_prediction(np.ones((5, 2)), np.ones(5), np.zeros((3, 2)), 2).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_the_probe_learns_repeats_itself_and_leaves_global_randomness_alone(hidden: int):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 6)).astype(np.float16)
+    y = (x[:, 0] + x[:, 1] > 0).astype(float)
+    settings = ProbeSettings(hidden, 20, seed=3)
+    before = torch.random.get_rng_state()
+    first = probe_prediction(x, y, np.arange(2000) // 4, x, settings)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert np.array_equal(first, probe_prediction(x, y, np.arange(2000) // 4, x, settings))
+    assert ((first > 0.5) == y).mean() > 0.9
+
+
+def test_pass_at_1_is_paired_on_common_prompts():
+    def outcomes(ids: list[str], score: list[float]) -> Outcomes:
+        n = len(score)
+        return Outcomes(
+            pa.array([f"{i}" for i in range(n)]), pa.array(ids), np.arange(n) // (n // len(ids)), np.arange(n),
+            np.ones(n, int), np.ones(n, bool), np.array(score), 0,
+        )  # fmt: skip
+
+    record = policy_record(outcomes(["a", "b", "c"], [1, 0, 0, 0, 1, 1]), outcomes(["b", "a"], [0, 1]), 50, 0, 0.95)
+    assert record["prompts"] == 2
+    assert record["base"]["value"] == 0.25 and record["ziprc"]["value"] == 0.5
+    assert record["difference"]["value"] == 0.25
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: Context):
+    from ziprc.evaluation.states import JointReader
+    from ziprc.stages.values import score_rollouts
+    from ziprc.training.packing import prompt_fold
+
+    layout = experiment.layout
+    table = read_table(layout.table("values", "train"), "values").to_pylist()
+    rollouts = read_table(layout.table("rollouts", "train"), "rollouts")
+    folds = [prompt_fold(p, 2) for p in rollouts["prompt_id"].to_pylist()]
+    assert [row["fold"] for row in table] == folds and set(folds) == {0, 1}
+    assert [row["critic"] for row in table] == [f"noisy-fold{f}" for f in folds]
+    by_critic = [
+        score_rollouts(JointReader.open(layout.checkpoint(f"noisy-fold{f}")), rollouts, 4, 4096) for f in (0, 1)
+    ]
+    assert np.allclose([row["value"] for row in table], [by_critic[f][i] for i, f in enumerate(folds)], atol=1e-6)
+
+
+def test_other_splits_are_scored_by_the_mean_of_the_critics(experiment: Context):
+    table = read_table(experiment.layout.table("values", "test-many"), "values")
+    assert set(table["critic"].to_pylist()) == {"mean"} and set(table["fold"].to_pylist()) == {-1}
+
+
+def test_one_fold_means_one_critic_for_all(tmp_path: Path):
+    layout = Layout(tmp_path, "tiny")
+    tiny_experiment(layout, folds=1)
+    config = Config.model_validate(CONFIG | {"values": {"folds": 1, "last_k": 4}})
+    values.run(Context(config, layout, "train"))
+    table = read_table(layout.table("values", "train"), "values")
+    assert set(table["critic"].to_pylist()) == {"noisy"}
+
+
+def test_introspection_holds_every_labelled_state_in_order(experiment: Context):
+    table = read_table(experiment.layout.table("introspection", "ziprc"), "introspection")
+    rollouts = read_table(experiment.layout.table("rollouts", "test"), "rollouts")
+    wanted = [(r["rollout_id"], j) for r in rollouts.to_pylist() for j in range(len(r["response_token_ids"]))]
+    assert list(zip(table["rollout_id"].to_pylist(), table["position"].to_pylist(), strict=True)) == wanted
+    assert {len(joint) for joint in table["joint"].to_pylist()} == {GRID.size}
+
+
+def test_introspection_is_the_same_file_again_and_hardly_depends_on_the_batch(experiment: Context):
+    path = experiment.layout.table("introspection", "ziprc")
+    before, table = digest_file(path), read_table(path, "introspection")
+    small = experiment.config.model_copy(
+        update={"runtime": experiment.config.runtime.model_copy(update={"forward_tokens": 64})}
+    )
+    introspection.run(replace(experiment, config=small, name="ziprc"))
+    other = read_table(path, "introspection")
+    assert np.allclose(table["expected_reward"], other["expected_reward"], atol=1e-5)
+    introspection.run(replace(experiment, name="ziprc"))
+    assert digest_file(path) == before
+
+
+def test_baselines_predict_every_rollout_at_every_moment(experiment: Context):
+    table = read_table(experiment.layout.table("baselines", "test"), "baselines")
+    assert table.num_rows == 96 * 4 * 5
+    starts = {
+        (r["predictor"], r["expected_reward"])
+        for r in table.to_pylist()
+        if r["moment"] == "start" and r["predictor"] != "probe"
+    }
+    assert len({value for _, value in starts}) == 1  # before the first token nothing but the constant is known
+
+
+def test_metrics_hold_every_record_and_no_nan(experiment: Context):
+    text = (experiment.layout.home / "metrics.json").read_text()
+    metrics = json.loads(text)
+    assert "NaN" not in text and "Infinity" not in text
+    assert set(metrics["prediction"]) == {"ziprc", "lite", "constant", "length", "logprob", "probe"}
+    assert set(metrics["prediction"]["ziprc"]) == {"start", "25%", "50%", "75%", "end"}
+    assert metrics["prediction"]["constant"]["end"]["auroc"]["value"] == 0.5
+    assert metrics["drift"]["kl"]["value"] > 0
+    assert metrics["base"]["cells"][0]["pass_at_1"]["value"] > metrics["base"]["cells"][1]["pass_at_1"]["value"]
+    assert len(metrics["headline"]) == 7
+    parents = read_json(manifest_of(experiment.layout.home / "metrics.json"))["parents"]
+    assert {"base", "ziprc", "introspection/ziprc", "baselines/test", "values/train"} <= set(parents)
+
+
+def test_metrics_are_the_same_file_again(experiment: Context):
+    path = experiment.layout.home / "metrics.json"
+    before = path.read_bytes()
+    evaluate.run(replace(experiment, name="metrics"))
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_with_another_grid_than_its_table_is_refused(experiment: Context, tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_states(tmp_path / "none.parquet", pa.array(["r"]), np.array([1]), np.zeros((1, 1), int), 3)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_file_that_fetches_nothing(experiment: Context):
+    page = (experiment.layout.home / "report.html").read_text()
+    assert "http" not in page
+    assert "<script" not in page
+    assert "@import" not in page
+
+
+def test_ids_in_the_report_are_unique(experiment: Context):
+    page = (experiment.layout.home / "report.html").read_text()
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_model_text_is_escaped_everywhere(experiment: Context, monkeypatch: pytest.MonkeyPatch):
+    loaded = inspection.load_rollouts(experiment.layout, "ziprc", 1)
+    evil = [
+        replace(r, question="<img src=x onerror=alert(1)>", tokens=["</script><b>", "&\u2028", "\x1b[2J"])
+        for r in loaded
+    ]
+    evil = [replace(r, joint=type(r.joint)(r.joint.grid, r.joint.probabilities[:3])) for r in evil]
+    monkeypatch.setattr(inspection, "load_rollouts", lambda *a: evil)
+    monkeypatch.setattr(report, "load_rollouts", lambda *a: evil)
+    report.run(replace(experiment, name="report"))
+    page = (experiment.layout.home / "report.html").read_text()
+    assert "<img" not in page and "</script>" not in page and "&lt;/script&gt;&lt;b&gt;" in page
+    inspected = inspection.inspect_html(experiment.layout.home).read_text()
+    assert "<img" not in inspected and inspected.count("</script>") == 2
+    data = inspected.partition('type="application/json">')[2].partition("</script>")[0]
+    assert json.loads(data)["rollouts"][0]["tokens"] == ["</script><b>", "&\u2028", "\x1b[2J"]
+    assert "\x1b" not in inspection.inspect_text(experiment.layout.home)
+
+
+def test_the_terminal_gets_colours_only_when_it_is_one(experiment: Context, monkeypatch: pytest.MonkeyPatch):
+    assert "\x1b[" not in inspection.inspect_text(experiment.layout.home)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[30;48;5;" in inspection.inspect_text(experiment.layout.home, count=1)
+
+
+def test_inspect_says_how_to_build_what_is_missing(tmp_path: Path):
+    with pytest.raises(UserError, match=r"introspection/lite\.parquet does not exist.*make"):
+        inspection.inspect_html(tmp_path / "smoke", "lite")
+
+
+def test_inspected_rollouts_spread_over_cells_and_outcomes(experiment: Context):
+    loaded = inspection.load_rollouts(experiment.layout, "ziprc", 4)
+    assert {(r.difficulty, r.score) for r in loaded} == {
+        (d, s) for d in ("2 steps, small", "3 steps, big") for s in (0, 1)
+    }
+    assert len({r.question for r in loaded}) == 4
+
+
+def test_length_labels_are_whole_tokens():
+    assert inspection.length_labels(BinGrid((0, 1), (0, 1, 2, 8, 16))) == ["0", "1", "2–7", "8+"]
+
+
+def test_the_graph_comes_from_the_manifests(experiment: Context):
+    graph = dag.read_graph(experiment.layout)
+    assert set(graph["values/train"]) == {"rollouts/train", "checkpoints/noisy-fold0", "checkpoints/noisy-fold1"}
+    depth = {name: k for k, column in enumerate(dag.columns(graph)) for name in column}
+    assert all(depth[parent] < depth[name] for name, parents in graph.items() for parent in parents)
+    assert "metrics" in dag.draw(graph)
+
+
+def test_findings_name_missed_targets_and_better_baselines(experiment: Context):
+    found = " ".join(negative_findings(read_json(experiment.layout.home / "metrics.json")))
+    assert "wanted at least" in found  # heads with random weights reach no target
+    assert "log-probabilities" in found
+
+
+def test_benchmarks_tolerate_missing_numbers_and_empty_files(tmp_path: Path):
+    (tmp_path / "a.tsv").write_text("s\th:m:s\tmax_rss\n2.5\t0:00:02\tNA\n")
+    (tmp_path / "b.tsv").write_text("")
+    (tmp_path / "c.tsv").write_text("s\th:m:s\tmax_rss\n1\t0:00:01\t5\n3\t0:00:03\t7.5\n")
+    assert [(b.job, b.seconds, b.max_rss_mb) for b in read_benchmarks(tmp_path)] == [("a", 2.5, None), ("c", 3.0, 7.5)]

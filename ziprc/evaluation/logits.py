@@ -1,0 +1,84 @@
+"""Full-vocabulary quantities at every labelled state, never more than a chunk of logits at a time.
+
+Log-probability of the sampled token and entropy for the honest baselines; the exact KL(reference ‖ model) outside the
+reserved slice for the drift. The slice never takes part in a softmax here, as it is masked when tokens are sampled.
+Shapes: N labelled states of a batch, D hidden, V rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from ziprc.joint.readout import TokenPair, labelled_states
+from ziprc.joint.vocabulary import VocabLayout
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of one rollout: log-probability of each response token, entropy of the emitting state, and that state."""
+
+    log_prob: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    states: torch.Tensor
+
+
+@torch.inference_mode()
+def token_scores(
+    model: PreTrainedModel, text_rows: int, pairs: Sequence[TokenPair], token_budget: int, chunk: int
+) -> Iterator[tuple[int, TokenScores]]:
+    """Yield (index into `pairs`, scores) in the order of the batches."""
+    weight = model.get_output_embeddings().weight[:text_rows]
+    for batch, rows in labelled_states(model, pairs, token_budget):
+        states = torch.cat(rows)
+        tokens = torch.cat([torch.tensor(pairs[i].response) for i in batch]).to(states.device)
+        parts = [_score_chunk(s, weight, t) for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)]
+        log_prob, entropy = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        ends = np.cumsum([len(row) for row in rows])[:-1]
+        for i, lp, h, row in zip(batch, np.split(log_prob, ends), np.split(entropy, ends), rows, strict=True):
+            yield i, TokenScores(lp, h, row)
+
+
+def _score_chunk(states: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs = torch.log_softmax((states @ weight.T).float(), -1)
+    chosen = log_probs.gather(-1, tokens[:, None])[:, 0]
+    return chosen, -(log_probs.exp() * log_probs).sum(-1)
+
+
+@torch.inference_mode()
+def kl_drift(
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    layout: VocabLayout,
+    pairs: Sequence[TokenPair],
+    token_budget: int,
+    chunk: int,
+) -> NDArray[np.float64]:
+    """[n] sum over the labelled states of each rollout of KL(reference ‖ model) in nats, outside the slice."""
+    out = np.zeros(len(pairs))
+    both = zip(
+        labelled_states(reference, pairs, token_budget), labelled_states(model, pairs, token_budget), strict=True
+    )
+    heads = [m.get_output_embeddings().weight for m in (reference, model)]
+    for (batch, old), (_, new) in both:
+        chunks = zip(torch.cat(old).split(chunk), torch.cat(new).split(chunk), strict=True)
+        kl = torch.cat([_kl_chunk(p, q, heads, layout) for p, q in chunks]).cpu().numpy()
+        starts = np.cumsum([len(row) for row in old]) - [len(row) for row in old]
+        out[batch] = np.add.reduceat(kl, starts)
+    return out
+
+
+def _kl_chunk(old: torch.Tensor, new: torch.Tensor, heads: Sequence[torch.Tensor], layout: VocabLayout) -> torch.Tensor:
+    p, q = (_outside((s @ w.T).float(), layout) for s, w in zip((old, new), heads, strict=True))
+    return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+
+
+def _outside(logits: torch.Tensor, layout: VocabLayout) -> torch.Tensor:
+    """Log-probabilities over the rows outside the slice."""
+    kept = torch.cat([logits[:, : layout.joint_start], logits[:, layout.joint_stop :]], -1)
+    return torch.log_softmax(kept, -1)

@@ -1,0 +1,93 @@
+"""baselines: what honest competitors predict for the test rollouts (evaluation/probes.py says which and why).
+
+They are fitted on rollouts/train and grades/train with the frozen base model, the same rollouts the joint head learns
+from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from transformers import GenerationConfig, PreTrainedModel
+
+from ziprc.artifacts import derived_seed, output_lock, write_manifest
+from ziprc.config import Config, params_of
+from ziprc.evaluation.logits import TokenScores, token_scores
+from ziprc.evaluation.metrics import Predictions
+from ziprc.evaluation.outcomes import join_outcomes, moment_positions, response_lengths
+from ziprc.evaluation.probes import MomentData, ProbeSettings, all_predictions, collect
+from ziprc.evaluation.states import load_for_reading, token_pairs
+from ziprc.joint.checkpoint import load_tokenizer
+from ziprc.joint.vocabulary import generation_ids
+from ziprc.progress import progress
+from ziprc.schemas import make_table, read_table, write_table
+from ziprc.stages.context import Context, run_stage
+
+TORCH_SEEDS = 2**32
+
+
+def text_rows(folder: Path) -> int:
+    """How many rows of the output matrix can be text."""
+    used = set(load_tokenizer(folder).get_vocab().values())
+    if (folder / "generation_config.json").exists():
+        used |= generation_ids(GenerationConfig.from_pretrained(folder))
+    return max(used) + 1
+
+
+def moment_data(model: PreTrainedModel, rows: int, rollouts: pa.Table, config: Config) -> MomentData:
+    """Features of all rollouts at their moments, from one pass of the frozen base model."""
+    pairs, positions = token_pairs(rollouts), moment_positions(response_lengths(rollouts))
+    with progress(len(pairs), "baselines", "rollouts") as bar:
+
+        def counted() -> Iterator[tuple[int, TokenScores]]:
+            for item in token_scores(model, rows, pairs, config.runtime.forward_tokens, config.runtime.position_chunk):
+                yield item
+                bar.update(1)
+
+        return collect(counted(), positions, config.baselines.window, model.config.hidden_size)
+
+
+def prediction_table(ids: pa.Array, predictions: Predictions) -> pa.Table:
+    """One row per rollout, predictor and moment."""
+    return pa.concat_tables(
+        make_table(
+            "baselines",
+            {
+                "rollout_id": ids,
+                "predictor": pa.repeat(predictor, len(ids)),
+                "moment": pa.repeat(moment, len(ids)),
+                "expected_reward": np.clip(values, 0.0, 1.0).astype(np.float32),
+            },
+        )
+        for (predictor, moment), values in predictions.items()
+    )
+
+
+def run(context: Context) -> str:
+    config, layout = context.config, context.layout
+    base, target = layout.checkpoint("base"), layout.table("baselines", context.name)
+    sources = {
+        "train": layout.table("rollouts", "train"),
+        "grades": layout.table("grades", "train"),
+        "test": layout.table("rollouts", context.name),
+    }
+    rollouts, test = (read_table(sources[split], "rollouts") for split in ("train", "test"))
+    known = join_outcomes(rollouts, read_table(sources["grades"], "grades"), str(sources["grades"]))
+    model, rows = load_for_reading(base), text_rows(base)
+    seen = moment_data(model, rows, rollouts.take(pa.array(known.rows)), config)
+    asked = moment_data(model, rows, test, config)
+    seed = derived_seed(config.seed, "baselines") % TORCH_SEEDS
+    settings = ProbeSettings(config.baselines.probe_hidden, config.baselines.probe_epochs, seed)
+    predictions = all_predictions(seen, known.score, known.group, asked, settings)
+    table = prediction_table(test["rollout_id"].combine_chunks(), predictions)
+    with output_lock(target):
+        write_table(target, "baselines", table)
+        write_manifest(target, params_of(config, "baselines", context.name), {**sources, "base": base})
+    return f"wrote {table.num_rows} predictions for {test.num_rows} rollouts to {target}"
+
+
+if __name__ == "__main__":
+    run_stage("baselines", run)
