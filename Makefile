@@ -1,0 +1,97 @@
+# Everything a user types. `make` alone lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+EXPERIMENT ?= toy
+ACCELERATOR ?= cpu
+PYTHON ?= python3
+PROFILE ?= default
+SET ?=
+TARGET ?=
+# Where pip finds CPU builds of torch when its own sources have none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := containers/requirements/$(ACCELERATOR).txt
+STAMP := $(VENV)/.installed-$(ACCELERATOR)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OPTIONS = --experiment $(EXPERIMENT) $(if $(SET),--set $(SET))
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help install smoke all why dag report doctor fetch inspect test test-slow lint format lock clean
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  make results/smoke/values/train.parquet    one artifact by name"
+	@echo
+	@echo "  variables: EXPERIMENT=$(EXPERIMENT)  SET=\"train_joint.ziprc.kl=25\"  PROFILE=$(PROFILE)  ACCELERATOR=$(ACCELERATOR)"
+
+install: $(STAMP) ## make .venv from the pinned lock (ACCELERATOR=cpu or cuda)
+
+$(STAMP): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Name one with PYTHON=…"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(ACCELERATOR),cpu)
+	grep '^torch==' $(LOCK) > $(VENV)/torch.txt
+	$(PIP) install --quiet --no-deps -r $(VENV)/torch.txt || $(PIP) install --quiet --no-deps --index-url $(TORCH_INDEX) -r $(VENV)/torch.txt
+	$(PIP) install --quiet --no-deps -r $(LOCK)
+else
+	grep -v '^flash-attn' $(LOCK) > $(VENV)/lock.txt
+	$(PIP) install --quiet --no-deps -r $(VENV)/lock.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation $$(grep '^flash-attn' $(LOCK))
+endif
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-*; touch $@
+	@echo "installed $(LOCK) into $(VENV); check it with: make doctor"
+
+smoke: install ## the whole ZIP-RC pipeline, small, in minutes
+	@ziprc build --experiment smoke --profile $(PROFILE) $(if $(SET),--set $(SET))
+
+all: install ## the whole pipeline of EXPERIMENT (default toy)
+	@ziprc build --profile $(PROFILE) $(OPTIONS)
+
+results/%: install ALWAYS
+	@ziprc build --experiment $(firstword $(subst /, ,$*)) --profile $(PROFILE) $@ $(if $(SET),--set $(SET))
+
+.PHONY: ALWAYS
+ALWAYS:
+
+why: install ## what would rerun and why (TARGET=results/… for one artifact)
+	@ziprc why $(if $(TARGET),--experiment $(word 2,$(subst /, ,$(TARGET))) $(TARGET) $(if $(SET),--set $(SET)),$(OPTIONS))
+
+dag: install ## draw the graph of EXPERIMENT as results/EXPERIMENT/dag.md (Mermaid)
+	@mkdir -p results/$(EXPERIMENT)
+	@{ echo '```mermaid'; snakemake --rulegraph mermaid-js --config experiment=$(EXPERIMENT) 2>/dev/null; echo '```'; } > results/$(EXPERIMENT)/dag.md
+	@echo "dag: wrote results/$(EXPERIMENT)/dag.md"
+
+report: install ## Snakemake's own report of EXPERIMENT (provenance of every artifact)
+	@snakemake all --report results/$(EXPERIMENT)/snakemake.html --config experiment=$(EXPERIMENT)
+
+inspect: install ## a page of rollouts coloured by what the model expects
+	@ziprc inspect results/$(EXPERIMENT)
+
+doctor: install ## what is installed, whether it agrees, what to do
+	@ziprc doctor --accelerator $(ACCELERATOR)
+
+fetch: install ## download models and data of EXPERIMENT beforehand
+	@ziprc fetch $(OPTIONS)
+
+test: install ## the tests, under ten minutes
+	@OMP_NUM_THREADS=1 python -m pytest -m "not slow"
+
+test-slow: install ## the long layer: whole workflows, kills, reruns
+	@OMP_NUM_THREADS=1 python -m pytest -m slow
+
+lint: install ## style, layers, workflow
+	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile
+
+format: install ## put everything into the one style
+	@ruff check --fix-only . ; ruff format ziprc tests; snakefmt Snakefile
+
+lock: install ## resolve the locks again (needs uv)
+	@containers/requirements/lock.sh
+
+clean: ## remove the environment; results stay
+	rm -rf $(VENV)

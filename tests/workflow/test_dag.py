@@ -1,0 +1,94 @@
+"""The plan of every experiment in config.yaml, its commands, and the law that one word names a stage everywhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.conftest import ROOT, Workplace, environment
+from ziprc import config as settings
+from ziprc.artifacts import Layout
+from ziprc.cli import parser
+from ziprc.plan import artifact_names
+from ziprc.workflow import stage_command
+
+CONFIG = ROOT / "config.yaml"
+RULES = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.M)
+
+
+@pytest.fixture(params=settings.experiments(CONFIG))
+def experiment(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def dry_run(folder: Path, experiment: str, *more: str) -> str:
+    place = Workplace(folder, CONFIG, experiment)
+    answer = place.run("build", "--dry-run", *more)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return answer.stdout + answer.stderr
+
+
+def test_a_dry_run_plans_every_artifact(experiment: str, tmp_path: Path) -> None:
+    plan = dry_run(tmp_path, experiment)
+    for path in artifact_names(settings.load(CONFIG, experiment), Layout(Path("results"), experiment)):
+        assert path in plan
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    dry_run(tmp_path, "smoke")
+    assert not (tmp_path / "results").exists()
+
+
+def test_every_stage_of_every_experiment_starts_through_accelerate(experiment: str) -> None:
+    config = settings.load(CONFIG, experiment)
+    for rule in set(RULES) - {"all"}:
+        options = parser().parse_args(
+            ["run", rule, "--name", "x", "--experiment", experiment, "--config-file", str(CONFIG), "--threads", "2"]
+        )
+        command, environment = stage_command(options, config)
+        assert command[1:4] == ["-m", "accelerate.commands.launch", "--config_file"]
+        assert Path(command[4]).exists()
+        assert command[command.index("-m", 3) + 1] == f"ziprc.stages.{rule}"
+        assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_one_artifact_plans_only_its_chain(tmp_path: Path) -> None:
+    plan = dry_run(tmp_path, "smoke", "results/smoke/grades/train.parquet")
+    planned = {match for match in re.findall(r"^Job \d+: (\w+):", plan, re.M)}
+    assert planned == {"prompts", "base", "rollouts", "grades"}
+
+
+def test_one_word_names_rule_stage_section_and_log() -> None:
+    rules = set(RULES) - {"all"}
+    stages = {path.stem for path in (ROOT / "ziprc" / "stages").glob("*.py")} - {"__init__", "context"}
+    assert rules == stages == set(settings.SCIENCE)
+    text = (ROOT / "Snakefile").read_text()
+    for rule in rules:
+        assert f'f"{{HOME}}/logs/{rule}-' in text and f'f"{{HOME}}/benchmarks/{rule}-' in text
+
+
+def test_an_unknown_experiment_names_the_nearest(tmp_path: Path) -> None:
+    answer = Workplace(tmp_path, CONFIG, "smok").run("build")
+    assert answer.returncode == 2 and "did you mean 'smoke'" in answer.stderr
+
+
+def test_a_misspelt_override_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    answer = Workplace(tmp_path, CONFIG, "smoke").run("build", "--set", "train_joint.ziprc.kll=3")
+    assert answer.returncode == 2 and "did you mean 'kl'" in answer.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_imports_point_down_only() -> None:
+    answer = subprocess.run(
+        [str(Path(sys.executable).parent / "lint-imports")], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stdout
+
+
+def test_snakefile_and_help_start_without_torch() -> None:
+    code = "import sys, ziprc.cli, ziprc.plan, ziprc.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0

@@ -1,0 +1,65 @@
+"""Only what changed reruns. Every expectation is Snakemake's own plan over a really built experiment."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.workflow.conftest import Workplace
+from ziprc.artifacts import digest_file
+
+pytestmark = pytest.mark.slow
+
+BELOW_ZIPRC = {"introspection", "rollouts", "grades", "evaluate", "report", "train_joint"}
+
+
+def stages(jobs: list[str]) -> set[str]:
+    return {job.partition(":")[0] for job in jobs}
+
+
+def test_a_finished_experiment_is_up_to_date(built: Workplace) -> None:
+    assert built.planned() == []
+
+
+def test_runtime_keys_rerun_nothing(built: Workplace) -> None:
+    assert built.planned("runtime.max_num_seqs=7", "runtime.rollouts_per_device=4", "runtime.mem_mb=1234") == []
+
+
+def test_kl_of_the_final_head_reruns_that_head_and_what_depends_on_it(built: Workplace) -> None:
+    jobs = built.planned("train_joint.ziprc.kl=25")
+    assert stages(jobs) == BELOW_ZIPRC
+    assert [job for job in jobs if job.startswith("train_joint")] == ["train_joint: the joint head ziprc of micro"]
+    assert not any("for train " in job or "for test of" in job for job in jobs if job.startswith("rollouts"))
+
+
+def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
+    assert stages(built.planned("grades.timeout_s=9")) == {
+        "grades", "train_joint", "values", "introspection", "rollouts", "baselines", "evaluate", "report",
+    }  # fmt: skip
+    assert not any(job.startswith("rollouts: responses for train") for job in built.planned("grades.timeout_s=9"))
+
+
+def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> None:
+    jobs = built.planned("prompts.test=30")
+    assert not any(job.startswith(("base", "train_joint", "rollouts: responses for train")) for job in jobs)
+
+
+def test_a_deleted_artifact_is_rebuilt_alone_and_comes_out_the_same(workplace: Workplace) -> None:
+    victim = workplace.home / "grades" / "train.parquet"
+    before = digest_file(victim)
+    victim.unlink()
+    done = workplace.run("build")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert digest_file(victim) == before
+    ran = {line.partition(": ")[2] for line in (done.stdout + done.stderr).splitlines() if line.startswith("Job ")}
+    assert {job.partition(":")[0] for job in ran} == {"grades"}
+    assert workplace.planned() == []
+
+
+def test_a_failed_stage_leaves_the_old_artifact_in_place(workplace: Workplace) -> None:
+    prompts, grades = workplace.home / "prompts" / "train.parquet", workplace.home / "grades" / "train.parquet"
+    before = digest_file(grades)
+    prompts.write_bytes(prompts.read_bytes()[:-200])
+    done = workplace.run("build", str(grades.relative_to(workplace.folder)), "--set", "grades.timeout_s=8")
+    assert done.returncode != 0
+    assert "prompts/train.parquet cannot be read as parquet" in done.stdout + done.stderr
+    assert digest_file(grades) == before

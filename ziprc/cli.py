@@ -1,0 +1,150 @@
+"""`ziprc`: the command line. Imports no torch until a command needs it.
+
+ziprc doctor                                what is installed, whether it agrees, what to do about it
+ziprc build --experiment smoke              the whole workflow (what `make all` calls)
+ziprc run grades --experiment smoke --name train        one stage, through accelerate
+ziprc why results/smoke/values/train.parquet            what would rerun, and why
+ziprc inspect results/smoke                 a page of rollouts coloured by what the model expects
+ziprc export results/smoke train out.parquet            the wide table of the original systems
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ziprc import workflow
+from ziprc.artifacts import Layout
+from ziprc.config import load
+from ziprc.errors import UserError
+from ziprc.stages.context import add_experiment_arguments
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from ziprc.doctor import diagnose, format_table
+
+    checks = diagnose(options.accelerator)
+    print(format_table(checks))
+    return 1 if any(check.problem for check in checks) else 0
+
+
+def run(options: argparse.Namespace) -> int:
+    config = load(options.config_file, options.experiment, options.set)
+    command, environment = workflow.stage_command(options, config)
+    os.execvpe(command[0], command, environment)
+
+
+def build(options: argparse.Namespace) -> int:
+    config = load(options.config_file, options.experiment, options.set)
+    return workflow.build(options, config)
+
+
+def why(options: argparse.Namespace) -> int:
+    print(workflow.why(options))
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    from ziprc.evaluation.inspection import inspect_html, inspect_text
+
+    if options.text:
+        print(inspect_text(options.home, options.checkpoint, options.count or 2))
+        return 0
+    page = inspect_html(options.home, options.checkpoint, options.count or 8)
+    print(f"inspect: wrote {page}; open it in a browser")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from ziprc.exchange import export_wide
+
+    rows = export_wide(Layout(options.home.parent, options.home.name), options.name, options.target)
+    print(f"export: wrote {rows} rollouts to {options.target}")
+    return 0
+
+
+def import_(options: argparse.Namespace) -> int:
+    from ziprc.exchange import import_wide
+
+    rows = import_wide(options.source, Layout(options.home.parent, options.home.name), options.name)
+    print(f"import: wrote {rows} rollouts to {options.home}")
+    return 0
+
+
+def fetch(options: argparse.Namespace) -> int:
+    from ziprc.fetch import fetch_experiment
+
+    print(fetch_experiment(load(options.config_file, options.experiment, options.set)))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; every command has a help with an example."""
+    top = argparse.ArgumentParser(
+        prog="ziprc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, action: object, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        sub.set_defaults(action=action)
+        return sub
+
+    sub = command("doctor", doctor, "check the installation", "ziprc doctor")
+    sub.add_argument("--accelerator", choices=("cpu", "cuda"), help="what the installation is meant for")
+
+    sub = command("run", run, "run one stage through accelerate", "ziprc run rollouts --experiment smoke --name train")
+    sub.add_argument("stage")
+    sub.add_argument("--name", required=True, help="which of the stage's artifacts")
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads")
+    add_experiment_arguments(sub)
+
+    sub = command("build", build, "build an experiment, or single artifacts of it", "ziprc build --experiment smoke")
+    sub.add_argument("targets", nargs="*", help="artifact files; all of them when empty")
+    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm")
+    sub.add_argument("--dry-run", action="store_true")
+    add_experiment_arguments(sub)
+
+    sub = command(
+        "why", why, "say in words what would rerun", "ziprc why --experiment smoke results/smoke/metrics.json"
+    )
+    sub.add_argument("targets", nargs="*")
+    sub.add_argument("--profile")
+    add_experiment_arguments(sub)
+
+    sub = command("inspect", inspect, "look at rollouts, token by token", "ziprc inspect results/smoke --text")
+    sub.add_argument("home", type=Path, help="results/<experiment>")
+    sub.add_argument("--checkpoint", default="ziprc")
+    sub.add_argument("--count", type=int, help="rollouts shown")
+    sub.add_argument("--text", action="store_true", help="print in the terminal")
+
+    sub = command("export", export, "write the wide table", "ziprc export results/smoke train wide.parquet")
+    sub.add_argument("home", type=Path, help="results/<experiment>")
+    sub.add_argument("name", help="train or test")
+    sub.add_argument("target", type=Path)
+
+    sub = command("import", import_, "read a wide table", "ziprc import wide.parquet results/mine train")
+    sub.add_argument("source", type=Path)
+    sub.add_argument("home", type=Path, help="results/<experiment>")
+    sub.add_argument("name", help="train or test")
+
+    sub = command("fetch", fetch, "download models and data beforehand", "ziprc fetch --experiment qwen3-0.6b")
+    add_experiment_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; a UserError is printed as one paragraph, exit code 2."""
+    options = parser().parse_args(argv)
+    try:
+        sys.exit(options.action(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

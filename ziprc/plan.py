@@ -1,0 +1,32 @@
+"""What an experiment consists of: the artifacts that `make all` builds, by path. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ziprc.artifacts import Layout, manifest_of
+from ziprc.config import Config, head_names
+
+
+def artifact_names(config: Config, layout: Layout) -> list[str]:
+    """Every file that the rules of an experiment declare, manifests included."""
+    final = ["ziprc", *(["lite"] if config.train_joint.lite else [])]
+    tables = [
+        *(("prompts", n) for n in ("train", "test")),
+        *(("rollouts", n) for n in ("train", "test", "test-many", "test-ziprc")),
+        *(("grades", n) for n in ("train", "test", "test-ziprc")),
+        *(("values", n) for n in ("train", "test-many")),
+        *(("introspection", n) for n in final),
+        ("baselines", "test"),
+    ]
+    files: list[Path] = [manifest_of(layout.checkpoint(name)) for name in ("base", *head_names(config))]
+    for artifact in (*(layout.table(*t) for t in tables), layout.home / "metrics.json", layout.home / "report.html"):
+        files += [artifact, manifest_of(artifact)]
+    return [str(path) for path in files]
+
+
+def missing(config: Config, layout: Layout) -> list[str]:
+    """Declared files that are not there, when at least one other is: what was deleted, or is yet to be built."""
+    files = artifact_names(config, layout)
+    absent = [f for f in files if not Path(f).exists()]
+    return absent if len(absent) < len(files) else []
