@@ -86,7 +86,7 @@ class Rollouts(Section):
     non_thinking_samples: int = Field(0, ge=0, description="per training prompt")
     test_samples: int = Field(8, ge=1, description="per test prompt")
     test_thinking: bool = True
-    many_prompts: int = Field(64, ge=0, description="test prompts that get many rollouts, for the empirical joint")
+    many_prompts: int = Field(64, ge=1, description="test prompts that get many rollouts, for the empirical joint")
     many_samples: int = Field(64, ge=1)
     shard_prompts: int = Field(512, ge=1, description="prompts per shard: what is kept after a kill")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"

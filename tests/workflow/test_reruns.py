@@ -40,7 +40,7 @@ def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
 
 def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> None:
     jobs = built.planned("prompts.test=30")
-    assert not any(job.startswith(("base", "train_joint", "rollouts: responses for train")) for job in jobs)
+    assert not any(job.startswith(("base:", "train_joint", "rollouts: responses for train")) for job in jobs)
 
 
 def test_a_deleted_artifact_is_rebuilt_alone_and_comes_out_the_same(workplace: Workplace) -> None:

@@ -69,8 +69,7 @@ class Evaluation:
         ]
         wanted += [("rollouts", "test-ziprc"), ("grades", "test-ziprc"), ("baselines", "test")]
         wanted += [("introspection", head) for head in self.heads]
-        if self.config.rollouts.many_prompts:
-            wanted += [("rollouts", "test-many"), ("values", "test-many"), ("values", "train")]
+        wanted += [("rollouts", "test-many"), ("values", "test-many"), ("values", "train")]
         tables = {f"{kind}/{name}": layout.table(kind, name) for kind, name in wanted}
         return tables | {name: layout.checkpoint(name) for name in ("base", *self.heads)}
 
@@ -185,7 +184,7 @@ class Evaluation:
         }
 
     def counts(self, train: Outcomes) -> dict[str, Any]:
-        splits = ["train", "test", "test-ziprc", *(["test-many"] if self.config.rollouts.many_prompts else [])]
+        splits = ["train", "test", "test-ziprc", "test-many"]
         tables = {split: self._table("rollouts", split) for split in splits}
         per_rollout = float(train.length.mean())
         seen = {head: _rollouts_seen(self.config, head, len(train.length)) for head in self.heads}
@@ -218,7 +217,7 @@ class Evaluation:
             "prediction": prediction,
             "difference": difference,
             "length": {head: self.length_record(head, states[head], train) for head in self.heads},
-            "joint": self.joint_records(states) if self.config.rollouts.many_prompts else {},
+            "joint": self.joint_records(states),
             "drift": self.drift_record(),
             "policy": policy_record(self.outcomes, tuned, self.settings.bootstrap, self.seed, self.settings.confidence),
             "base": self.base_record(),

@@ -60,8 +60,6 @@ def plan_of(config: Config, name: str) -> Plan:
     }
     if name not in plans:
         raise UserError(f"There is no rollouts table '{name}'{nearest(name, plans)}.")
-    if plans[name].limit == 0:
-        raise UserError(f"The table '{name}' would be empty: rollouts.many_prompts is 0.")
     return plans[name]
 
 
