@@ -58,6 +58,13 @@ def inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def summary(options: argparse.Namespace) -> int:
+    from ziprc.evaluation.summary import summary as headline_table
+
+    print(headline_table(options.homes))
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     from ziprc.exchange import export_wide
 
@@ -120,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", default="ziprc")
     sub.add_argument("--count", type=int, help="rollouts shown")
     sub.add_argument("--text", action="store_true", help="print in the terminal")
+
+    sub = command("summary", summary, "headline numbers of several runs", "ziprc summary results/toy results/toy-seed1")
+    sub.add_argument("homes", nargs="+", type=Path, help="results/<experiment> …")
 
     sub = command("export", export, "write the wide table", "ziprc export results/smoke train wide.parquet")
     sub.add_argument("home", type=Path, help="results/<experiment>")

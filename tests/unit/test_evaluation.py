@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.doubles import GRID, tiny_experiment
-from ziprc.artifacts import Layout, digest_file, manifest_of, read_json
+from ziprc.artifacts import Layout, digest_file, manifest_of, read_json, write_json
 from ziprc.config import Config
 from ziprc.errors import UserError
 from ziprc.evaluation import dag, inspection
@@ -29,6 +29,7 @@ from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_pos
 from ziprc.evaluation.probes import ProbeSettings, logistic_prediction, probe_prediction
 from ziprc.evaluation.report import negative_findings, read_benchmarks
 from ziprc.evaluation.states import pieces, read_states, states_table
+from ziprc.evaluation.summary import summary
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model, read_joint_head
 from ziprc.joint.readout import TokenPair
@@ -536,3 +537,13 @@ def test_benchmarks_tolerate_missing_numbers_and_empty_files(tmp_path: Path):
     (tmp_path / "b.tsv").write_text("")
     (tmp_path / "c.tsv").write_text("s\th:m:s\tmax_rss\n1\t0:00:01\t5\n3\t0:00:03\t7.5\n")
     assert [(b.job, b.seconds, b.max_rss_mb) for b in read_benchmarks(tmp_path)] == [("a", 2.5, None), ("c", 3.0, 7.5)]
+
+
+def test_the_summary_has_a_row_per_target_and_a_column_per_run(tmp_path: Path) -> None:
+    record = {"name": "AUROC", "target": 0.8, "direction": "at least", "met": True}
+    for name, value in (("a", 0.9), ("b", 0.85)):
+        result = {"value": value, "low": value - 0.01, "high": None if name == "b" else value + 0.01}
+        result["low"] = None if name == "b" else result["low"]
+        write_json(tmp_path / name / "metrics.json", {"headline": [{**record, "result": result}]})
+    last = summary([tmp_path / "a", tmp_path / "b"]).splitlines()[-1]
+    assert last == "| AUROC | ≥ 0.8 | 0.900 [0.890, 0.910] | 0.850 | yes, yes |"

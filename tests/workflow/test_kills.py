@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.conftest import Workplace, environment
+from ziprc.workflow import lock_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +44,6 @@ def wait_for(happens: Callable[[], bool], process: subprocess.Popen[bytes], seco
         time.sleep(0.05)
 
 
-def started(log: Path) -> Callable[[], bool]:
-    return lambda: log.exists() and log.stat().st_size > 0
-
-
 MOMENTS = {
     "rollouts": lambda home: lambda: any((home / "rollouts").glob(".train.shards/*")),
     "training": lambda home: lambda: any((home / "checkpoints").glob(".*.training/**/checkpoint-*")),
@@ -65,9 +62,9 @@ def test_killed_three_times_it_ends_in_the_same_tables(built: Workplace, tmp_pat
     assert place.tables() == built.tables()
 
 
-def test_a_leftover_stage_is_noticed(workplace: Workplace) -> None:
-    process = start(workplace)
-    wait_for(lambda: (workplace.home / ".lock").exists() and (workplace.home / ".lock").read_text() != "", process, 30)
+def test_a_build_beside_a_living_one_is_refused(workplace: Workplace) -> None:
+    lock = lock_experiment(workplace.home)  # as a stage that outlived its workflow would hold it
     second = workplace.run("build")
-    process.wait()
-    assert second.returncode == 2 and "is being built by" in second.stderr
+    os.close(lock)
+    assert second.returncode == 2 and "is being built by the run with pid" in second.stderr
+    assert workplace.run("build").returncode == 0
