@@ -62,6 +62,13 @@ def summary(options: argparse.Namespace) -> int:
     from ziprc.evaluation.summary import summary as headline_table
 
     print(headline_table(options.homes))
+    if options.figure:
+        from ziprc.artifacts import read_json
+        from ziprc.evaluation.figures import overview
+        from ziprc.evaluation.outcomes import MOMENTS
+
+        overview(options.figure, read_json(options.homes[0] / "metrics.json")["prediction"], MOMENTS)
+        print(f"\nsummary: drew {options.homes[0]} into {options.figure}")
     return 0
 
 
@@ -130,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("summary", summary, "headline numbers of several runs", "ziprc summary results/toy results/toy-seed1")
     sub.add_argument("homes", nargs="+", type=Path, help="results/<experiment> …")
+    sub.add_argument("--figure", type=Path, metavar="PNG", help="also draw the predictors of the first run")
 
     sub = command("export", export, "write the wide table", "ziprc export results/smoke train wide.parquet")
     sub.add_argument("home", type=Path, help="results/<experiment>")

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -96,21 +97,36 @@ def over_moments(metric: str, title: str, prediction: Mapping[str, Any], moments
     """One line per predictor along the response, with intervals."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(4.2, 2.9)
-        names = [name for name in COLOURS if name in prediction and name != "constant"]
-        for i, name in enumerate(names):
-            found = [(k, prediction[name][m][metric]) for k, m in enumerate(moments)]
-            found = [(k, r) for k, r in found if r["value"] is not None]
-            records = [r for _, r in found]
-            at = np.array([k for k, _ in found]) + (i - len(names) / 2) * 0.05
-            axes.errorbar(
-                at, [r["value"] for r in records], yerr=_bars(records), label=name, color=COLOURS[name],
-                marker="o", markersize=3.5, linewidth=2 if name == "ziprc" else 1, elinewidth=0.8,
-            )  # fmt: skip
-        axes.axhline(0.5, color=INK, linewidth=0.6, linestyle=(0, (4, 4)))
-        axes.set_xticks(range(len(moments)), list(moments))
-        axes.set_title(title, loc="left")
+        _lines(axes, metric, title, prediction, moments)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, columnspacing=1.2, handlelength=1.4)
     return _svg(figure, f"moments-{metric}", title)
+
+
+def _lines(axes: Axes, metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> None:
+    names = [name for name in COLOURS if name in prediction and name != "constant"]
+    for i, name in enumerate(names):
+        found = [(k, prediction[name][m][metric]) for k, m in enumerate(moments)]
+        found = [(k, r) for k, r in found if r["value"] is not None]
+        records = [r for _, r in found]
+        at = np.array([k for k, _ in found]) + (i - len(names) / 2) * 0.05
+        axes.errorbar(
+            at, [r["value"] for r in records], yerr=_bars(records), label=name, color=COLOURS[name],
+            marker="o", markersize=3.5, linewidth=2 if name == "ziprc" else 1, elinewidth=0.8,
+        )  # fmt: skip
+    axes.axhline(0.5, color=INK, linewidth=0.6, linestyle=(0, (4, 4)))
+    axes.set_xticks(range(len(moments)), list(moments))
+    axes.set_title(title, loc="left")
+
+
+def overview(target: Path, prediction: Mapping[str, Any], moments: Sequence[str]) -> None:
+    """The README's figure, a PNG on white: who tells right from wrong responses, over all prompts and within one."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 3.2))
+        left, right = figure.subplots(1, 2, sharey=True)
+        _lines(left, "auroc", "AUROC of the expected score, all responses", prediction, moments)
+        _lines(right, "within_prompt_auroc", "among responses to one prompt", prediction, moments)
+        figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.08))
+        figure.savefig(target, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Software": None})
 
 
 def remaining_length(moment: str, curve: Sequence[Mapping[str, Any]], gain: Mapping[str, Any]) -> str:
