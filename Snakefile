@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ziprc import config as settings
 from ziprc.artifacts import Layout, manifest_of
+from ziprc.code import code_digest
 from ziprc.plan import artifact_names
 
 CONFIG_FILE = Path(
@@ -35,7 +36,7 @@ def section(rule, name=None):
 
 
 def code(rule):
-    return lambda w: settings.code_digest(rule, resolved(w.experiment).prompts.task)
+    return lambda w: code_digest(rule, resolved(w.experiment).prompts.task)
 
 
 def runtime(key):

@@ -48,6 +48,7 @@ def why(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
+    """Print rollouts, or write the page that shows them."""
     from ziprc.evaluation.inspection import inspect_html, inspect_text
 
     if options.text:
@@ -59,6 +60,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def summary(options: argparse.Namespace) -> int:
+    """Print the table of headline numbers; draw the figure when asked."""
     from ziprc.evaluation.summary import summary as headline_table
 
     print(headline_table(options.homes))

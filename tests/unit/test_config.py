@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ziprc import code as code_module
 from ziprc import config as module
 from ziprc.config import load, science
 from ziprc.errors import UserError
@@ -114,21 +115,21 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "stages" / "rule.py").write_text('"""Doc."""\nfrom ziprc.core import f\n\nf()\n')
     (package / "core.py").write_text('def f():\n    """Doc."""\n    return 1\n')
     (package / "other.py").write_text("x = 1\n")
-    monkeypatch.setattr(module, "PACKAGE", package)
+    monkeypatch.setattr(code_module, "PACKAGE", package)
     return package
 
 
 def digest() -> str:
-    module.code_digest.cache_clear()
-    module._parse.cache_clear()
-    return module.code_digest("rule")
+    code_module.code_digest.cache_clear()
+    code_module._parse.cache_clear()
+    return code_module.code_digest("rule")
 
 
 @pytest.fixture(autouse=True)
 def _forget_digests() -> object:
     yield
-    module.code_digest.cache_clear()
-    module._parse.cache_clear()
+    code_module.code_digest.cache_clear()
+    code_module._parse.cache_clear()
 
 
 def test_comments_docstrings_and_layout_are_no_change_of_code(code: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ziprc.artifacts import read_json
-from ziprc.config import Sampling
+from ziprc.config import Judge, Rollouts, Runtime, Sampling
 from ziprc.errors import UserError, nearest
 from ziprc.joint.vocabulary import Vocabulary
 from ziprc.schemas import FinishReason
@@ -108,6 +108,25 @@ def _check_length(settings: EngineSettings) -> None:
             f"max_model_len is {settings.max_model_len}, but the model in {settings.model} has {limit} positions "
             "(max_position_embeddings). Lower max_model_len, or use a model with a longer context."
         )
+
+
+def settings_for(
+    folder: Path, tokenizer: Any, own: Rollouts | Judge, sampling: Sampling, machine: Runtime, tensor_parallel: int
+) -> EngineSettings:
+    """How the model in `folder` is run: lengths and dtype from its section, knobs from `runtime`; no unknown id is sampled."""
+    return EngineSettings(
+        model=folder,
+        sampling=sampling,
+        stop_token_ids=stop_token_ids(folder, tokenizer),
+        banned=unknown_rows(folder, tokenizer),
+        max_model_len=own.max_model_len,
+        dtype=own.dtype,
+        max_num_seqs=machine.max_num_seqs,
+        tensor_parallel=tensor_parallel,
+        gpu_memory_utilization=machine.gpu_memory_utilization,
+        kv_cache_gib=machine.kv_cache_gib,
+        enforce_eager=machine.enforce_eager,
+    )
 
 
 def own_dtype(settings: EngineSettings) -> str:

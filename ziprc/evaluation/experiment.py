@@ -95,6 +95,7 @@ class Evaluation:
         return {(head, moment): values for moment, values in by_moment.items()}
 
     def baseline_predictions(self) -> dict[tuple[str, str], NDArray[np.float64]]:
+        """Expected reward by (predictor, moment), in the order of the outcomes."""
         table = self._table("baselines", "test")
         where = str(self.layout.table("baselines", "test"))
         out = {}
@@ -156,6 +157,7 @@ class Evaluation:
         return out
 
     def drift_record(self) -> dict[str, Any]:
+        """KL(base ‖ ziprc) per token over one rollout of each test prompt."""
         _, first = np.unique(self.outcomes.group, return_index=True)
         chosen = np.sort(first)[:DRIFT_ROLLOUTS]
         pairs = token_pairs(self.rollouts.take(pa.array(self.outcomes.rows[chosen])))
@@ -169,6 +171,7 @@ class Evaluation:
         return {"kl": kl, "rollouts": len(chosen), "states": int(length.sum())}
 
     def base_record(self) -> dict[str, Any]:
+        """What the base can do: overall, per cell, per style."""
         task = get_task(self.config.prompts.task)
         texts = self.rollouts["response_text"].take(pa.array(self.outcomes.rows)).to_pylist()
         answers = [task.canonical_answer(text) for text in texts]
@@ -184,6 +187,7 @@ class Evaluation:
         }
 
     def counts(self, train: Outcomes) -> dict[str, Any]:
+        """Prompts, rollouts and tokens behind the numbers."""
         splits = ["train", "test", "test-ziprc", "test-many"]
         tables = {split: self._table("rollouts", split) for split in splits}
         per_rollout = float(train.length.mean())
@@ -199,6 +203,7 @@ class Evaluation:
         }
 
     def metrics(self) -> dict[str, Any]:
+        """The whole of metrics.json; its fields are described in metrics.py."""
         train = self._outcomes("train")
         states = {head: self.states(head) for head in self.heads}
         predictions = {}

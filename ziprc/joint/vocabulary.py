@@ -1,6 +1,6 @@
 """How the rows of the output matrix are divided: text, then the reserved rows of the joint head.
 
-The published code trusts one hard-coded first row (151669, right for Qwen3 only). Here the first row is derived from
+The published code trusts one fixed first row (151669, right for Qwen3 only). Here the first row is derived from
 the tokenizer, and a slice that overlaps any id that the tokenizer or the generation config can produce is refused.
 """
 

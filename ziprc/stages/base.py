@@ -42,6 +42,7 @@ def run(context: Context) -> str:
 
 
 def train(context: Context) -> str:
+    """Train the small model on the task's traces; returns the closing line."""
     config, target = context.config, context.layout.checkpoint("base")
     settings, runtime, seed = config.base, config.runtime, derived_seed(config.seed, "base")
     task = get_task(config.prompts.task)
@@ -69,6 +70,7 @@ def train(context: Context) -> str:
 
 
 def fetch(context: Context) -> str:
+    """Copy a local or Hub model into the experiment; returns the closing line."""
     settings, target = context.config.base, context.layout.checkpoint("base")
     if not is_main_process():
         return ""

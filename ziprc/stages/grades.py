@@ -17,7 +17,7 @@ from typing import Any
 from ziprc.artifacts import output_lock, write_manifest
 from ziprc.chat import visible_answer
 from ziprc.config import Config, Judge, Sampling, params_of
-from ziprc.engines.base import EngineSettings, make_engine, stop_token_ids, unknown_rows
+from ziprc.engines.base import make_engine, settings_for
 from ziprc.errors import UserError
 from ziprc.rewards.base import Decision, Grade, Grader, Question, decide, lacks_answer, ungraded
 from ziprc.rewards.countdown import CountdownGrader
@@ -56,19 +56,8 @@ def judge_grader(config: Config) -> Iterator[Grader | None]:
 
     own, machine, folder = config.grades.judge, config.runtime, judge_folder(config.grades.judge)
     tokenizer = load_tokenizer(folder)
-    settings = EngineSettings(
-        model=folder,
-        sampling=Sampling(temperature=0, min_p=0),
-        stop_token_ids=stop_token_ids(folder, tokenizer),
-        banned=unknown_rows(folder, tokenizer),
-        max_model_len=own.max_model_len,
-        dtype=own.dtype,
-        max_num_seqs=machine.max_num_seqs,
-        tensor_parallel=machine.judge_tensor_parallel,
-        gpu_memory_utilization=machine.gpu_memory_utilization,
-        kv_cache_gib=machine.kv_cache_gib,
-        enforce_eager=machine.enforce_eager,
-    )
+    greedy = Sampling(temperature=0, min_p=0)
+    settings = settings_for(folder, tokenizer, own, greedy, machine, machine.judge_tensor_parallel)
     engine = make_engine(config.rollouts.engine, settings)
     with contextlib.closing(engine):
         yield JudgeGrader(engine, tokenizer, own.max_model_len, own.max_new_tokens)

@@ -28,7 +28,7 @@ from ziprc.artifacts import (
 )
 from ziprc.chat import prompt_token_ids
 from ziprc.config import Config, head_names, params_of
-from ziprc.engines.base import EngineSettings, stop_token_ids, unknown_rows
+from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
 from ziprc.errors import UserError, nearest
 from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
@@ -93,22 +93,7 @@ def engine_settings(config: Config, folder: Path, tokenizer: Any) -> EngineSetti
     if "joint" in read_manifest(folder):
         read_joint_head(folder)
     own, machine = config.rollouts, config.runtime
-    return EngineSettings(
-        model=folder,
-        sampling=own.sampling,
-        stop_token_ids=stop_token_ids(folder, tokenizer),
-        banned=unknown_rows(folder, tokenizer),
-        max_model_len=own.max_model_len,
-        dtype=own.dtype,
-        max_num_seqs=machine.max_num_seqs,
-        tensor_parallel=machine.tensor_parallel,
-        gpu_memory_utilization=machine.gpu_memory_utilization,
-        kv_cache_gib=machine.kv_cache_gib,
-        enforce_eager=machine.enforce_eager,
-    )
-
-
-# --- the recipe -----------------------------------------------------------------------------------------------------
+    return settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel)
 
 
 def _tokenizer_digest(folder: Path) -> str:
