@@ -190,7 +190,7 @@ def test_a_head_size_that_the_cpu_kernel_lacks_is_refused(settings: EngineSettin
 
 
 def test_the_later_reading_of_a_position_counts() -> None:
-    readout = Readout()
+    readout = Readout(slice(0, 1))
     readout.add([(0, 0), (1, 0)], torch.tensor([[0.1], [0.2]]))
     readout.add([(0, 0)], torch.tensor([[0.3]]))  # computed again
     readout.add([(1, 1), (0, 1)], torch.tensor([[0.4], [0.5]]))

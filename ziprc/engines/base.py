@@ -3,13 +3,14 @@
 Two engines stand behind this interface: vLLM, and plain Transformers as the exact reference. A response depends on its
 request alone (prompt, seed, cap) and on the settings; order and batching may move a logit by a rounding error, nothing
 else. Two rules hold in both, at any setting: rows of the output matrix that the tokenizer does not know are never
-sampled, and the finish reason is the engine's own word. Imports no torch.
+sampled, and the finish reason is the engine's own word. `generate` runs requests to their end; a `session` is the same
+engine under live control, one step at a time. Imports no torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -56,6 +57,25 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Step:
+    """What one step of a session emitted: one row per request that got a token, n rows.
+
+    A row is the state in which `token_ids[i]` was drawn, so it knows the tokens before it only. What the state says
+    about the future (`joint`, `entropy`) comes from the very forward pass that emitted the token; `log_prob` looks
+    back, at the last token that the state knows. Both are of the model itself: neither tempered nor filtered.
+    """
+
+    keys: list[str]  # whose row it is
+    token_ids: NDArray[np.int32]  # [n] the stop token included
+    position: NDArray[np.int32]  # [n] of the token in its response; 0 is the first
+    finish: list[FinishReason | None]  # why the response ended with this token
+    joint: NDArray[np.float32]  # [n, R·L]
+    log_prob: NDArray[np.float32]  # [n] of the token at position - 1, outside the banned rows; 0 at position 0
+    entropy: NDArray[np.float32]  # [n] in nats, outside the banned rows
+    cached: NDArray[np.int32]  # [n] prompt tokens that came from the prefix cache
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """The model, how it is sampled, and the knobs of the machine.
 
@@ -76,6 +96,30 @@ class EngineSettings:
     enforce_eager: bool = True
 
 
+class Session(Protocol):
+    """Live control of an engine: requests come and go while others decode.
+
+    To resume a response or to branch from it, add a request whose prompt is the old prompt and the tokens to keep: the
+    prefix cache still has them, in whole blocks. A key names one request in flight and may be used again afterwards.
+    """
+
+    def add(self, request: Request) -> None:
+        """Let the request join at the next step, or as soon as there is room. UserError when it can never fit."""
+        ...
+
+    def abort(self, keys: Iterable[str]) -> None:
+        """These emit nothing more and free their memory; a key that has already finished is no error."""
+        ...
+
+    def step(self) -> Step | None:
+        """Decode one token of every request that has room; None when nothing is in flight."""
+        ...
+
+    def close(self) -> None:
+        """Abort whatever is in flight; the engine may then generate, or open another session."""
+        ...
+
+
 class Engine(Protocol):
     """Generates. Every call to `generate` starts from a drained engine with an empty prefix cache."""
 
@@ -83,7 +127,37 @@ class Engine(Protocol):
         """Responses in the order of the requests; `on_tokens` hears how many tokens each finished response has."""
         ...
 
+    def session(self) -> Session:
+        """A drained engine with an empty prefix cache, under live control; one at a time. Needs `settings.joint`."""
+        ...
+
     def close(self) -> None: ...
+
+
+def joint_of(settings: EngineSettings) -> JointHead:
+    """The head that a session reads; UserError when there is none."""
+    if settings.joint is None:
+        raise UserError(
+            f"A session reads the joint head at every step, but the engine of {settings.model} was started without "
+            "one (settings.joint is None). Give it the head of a checkpoint that has one (read_joint_head)."
+        )
+    return settings.joint
+
+
+def check_request(request: Request, in_flight: Container[str], max_model_len: int) -> None:
+    """Refuse what an engine could not run to its cap."""
+    prompt, cap = len(request.prompt_token_ids), request.max_new_tokens
+    if request.key in in_flight:
+        raise UserError(f"Request {request.key} is already in flight. Abort that one first, or use another key.")
+    if not prompt or cap < 1:
+        raise UserError(
+            f"Request {request.key} has {prompt} prompt tokens and a cap of {cap}; both must be at least 1."
+        )
+    if prompt + cap > max_model_len:
+        raise UserError(
+            f"Request {request.key} has {prompt} prompt tokens and may add {cap}, {prompt + cap} in all; the engine "
+            f"holds max_model_len={max_model_len}. Lower max_new_tokens, or raise max_model_len."
+        )
 
 
 def make_engine(kind: str, settings: EngineSettings) -> Engine:

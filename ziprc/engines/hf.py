@@ -3,13 +3,13 @@
 It samples as vLLM 0.32 does, step by step, so that equal seeds give equal tokens in float32: banned rows to -inf,
 temperature, min-p, top-k, top-p, then the Gumbel-max draw with one generator per request. On a CPU vLLM draws one
 integer a step from that generator and expands it with SplitMix64 into independent noise per token; elsewhere it divides
-by exponential noise. Both are here; the first is tested against vLLM. Slower than vLLM:
-batches are static. Shapes: B rows, T time, V vocabulary.
+by exponential noise. Both are here; the first is tested against vLLM. Slower than vLLM: the batches of `generate` are
+static, and a session keeps no cache at all. Shapes: B rows, T time, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +18,18 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from ziprc.config import Sampling
-from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, own_dtype
-from ziprc.joint.checkpoint import load_model
+from ziprc.engines.base import (
+    EngineSettings,
+    OnTokens,
+    Request,
+    Response,
+    Step,
+    check_request,
+    joint_of,
+    own_dtype,
+)
+from ziprc.engines.reading import LiveReadout, Taken, TextRows
+from ziprc.joint.checkpoint import JointHead, load_model
 from ziprc.schemas import FinishReason
 
 GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
@@ -90,6 +100,11 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     joint: list[NDArray[np.float32]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    log_prob: float = 0.0  # of the last token, where a session asks for it
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        return (*self.request.prompt_token_ids, *self.tokens)
 
     def add(self, token: int, stops: frozenset[int]) -> None:
         self.tokens.append(token)
@@ -138,21 +153,25 @@ class HFEngine:
         responses: dict[int, Response] = {}
         for start in range(0, len(order), self.settings.max_num_seqs):
             batch = order[start : start + self.settings.max_num_seqs]
-            rows = [_Row(requests[i], self._generator(requests[i].seed)) for i in batch]
+            rows = [self._row(requests[i]) for i in batch]
             self._finish(rows, on_tokens or (lambda tokens: None))
             responses.update((i, row.response()) for i, row in zip(batch, rows, strict=True))
         return [responses[i] for i in range(len(requests))]
 
+    def session(self) -> HFSession:
+        return HFSession(self, joint_of(self.settings))
+
     def close(self) -> None:
         del self.model
 
-    def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(device=self.device).manual_seed(seed)
+    def _row(self, request: Request) -> _Row:
+        return _Row(request, torch.Generator(device=self.device).manual_seed(request.seed))
 
-    def _prompts(self, rows: Sequence[_Row]) -> _Inputs:
-        prompts = [torch.tensor(row.request.prompt_token_ids) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left").to(self.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+    def _padded(self, rows: Sequence[_Row]) -> _Inputs:
+        """Prompts, and whatever has been sampled after them; padded on the left, with an empty cache."""
+        texts = [torch.tensor(row.text) for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side="left").to(self.device)
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
         mask = (torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths[:, None]).long()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return _Inputs(ids, mask, positions, DynamicCache(config=self.model.config))
@@ -160,9 +179,14 @@ class HFEngine:
     @torch.inference_mode()
     def _finish(self, rows: Sequence[_Row], on_tokens: OnTokens) -> None:
         """Generate until every row has its finish reason."""
-        batch, inputs = list(rows), self._prompts(rows)
+        batch, inputs = list(rows), self._padded(rows)
         while batch:
-            tokens = self._step(batch, inputs)
+            logits = self._logits(inputs)
+            if self.settings.joint is not None:
+                for row, reading in zip(batch, self._joint(logits), strict=True):
+                    if row.finish_reason is None:
+                        row.joint.append(reading)
+            tokens = self._sample(batch, logits)
             for row, token in zip(batch, tokens.tolist(), strict=True):
                 if row.finish_reason is None:
                     row.add(token, self.stops)
@@ -175,25 +199,76 @@ class HFEngine:
                 if batch:
                     inputs.keep(live)
 
-    def _step(self, batch: Sequence[_Row], inputs: _Inputs) -> torch.Tensor:
-        """One forward pass: the next token of every row, [B]; the joint is read before the rows are banned."""
-        logits = (
-            self.model(
-                input_ids=inputs.ids,
-                attention_mask=inputs.mask,
-                position_ids=inputs.positions,
-                past_key_values=inputs.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
+    def _logits(self, inputs: _Inputs) -> torch.Tensor:
+        """One forward pass: what every row says next, [B, V] float32."""
+        output = self.model(
+            input_ids=inputs.ids,
+            attention_mask=inputs.mask,
+            position_ids=inputs.positions,
+            past_key_values=inputs.cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-        if self.settings.joint is not None:
-            joint = logits[:, self.settings.joint.layout.joint_slice].softmax(-1).cpu().numpy()
-            for row, reading in zip(batch, joint, strict=True):
-                if row.finish_reason is None:
-                    row.joint.append(reading)
+        return output.logits[:, -1].float()
+
+    def _joint(self, logits: torch.Tensor) -> NDArray[np.float32]:
+        """[B, R·L], to be read before the rows are banned."""
+        assert self.settings.joint is not None
+        return logits[:, self.settings.joint.layout.joint_slice].softmax(-1).cpu().numpy()
+
+    def _sample(self, batch: Sequence[_Row], logits: torch.Tensor) -> torch.Tensor:
+        """The next token of every row, [B]; bans rows of `logits` in place."""
         for first, last in self.settings.banned:
             logits[:, first:last] = -torch.inf
         return sample(logits, self.settings.sampling, [row.generator for row in batch])
+
+
+class HFSession:
+    """The reference of live control: every step is one full forward pass over the first `max_num_seqs` requests."""
+
+    def __init__(self, engine: HFEngine, joint: JointHead) -> None:
+        self.engine = engine
+        text = TextRows(engine.settings.banned, engine.model.config.vocab_size)
+        self.reader = LiveReadout(joint.layout.joint_slice, text)
+        self.rows: list[_Row] = []
+
+    def add(self, request: Request) -> None:
+        check_request(request, [row.request.key for row in self.rows], self.engine.settings.max_model_len)
+        self.rows.append(self.engine._row(request))
+
+    def abort(self, keys: Iterable[str]) -> None:
+        gone = set(keys)
+        self.rows = [row for row in self.rows if row.request.key not in gone]
+
+    def close(self) -> None:
+        self.rows.clear()
+
+    @torch.inference_mode()
+    def step(self) -> Step | None:
+        batch = self.rows[: self.engine.settings.max_num_seqs]
+        if not batch:
+            return None
+        places = [(i, len(row.tokens)) for i, row in enumerate(batch)]
+        logits = self.engine._logits(self.engine._padded(batch))
+        self.reader.read(places, logits)
+        tokens = self.engine._sample(batch, logits).cpu().numpy().astype(np.int32)
+        step = self._emitted(batch, tokens, self.reader.take(places, tokens))
+        self.rows = [row for row in self.rows if row.finish_reason is None]
+        return step
+
+    def _emitted(self, batch: Sequence[_Row], tokens: NDArray[np.int32], taken: Taken) -> Step:
+        """Append the tokens [B] and say what was drawn in which state."""
+        log_prob = np.array([row.log_prob for row in batch], dtype=np.float32)
+        for row, token, own in zip(batch, tokens.tolist(), taken.log_prob.tolist(), strict=True):
+            row.add(token, self.engine.stops)
+            row.log_prob = own
+        return Step(
+            keys=[row.request.key for row in batch],
+            token_ids=tokens,
+            position=np.array([len(row.tokens) - 1 for row in batch], dtype=np.int32),
+            finish=[row.finish_reason for row in batch],
+            joint=taken.joint,
+            log_prob=log_prob,
+            entropy=taken.entropy,
+            cached=np.zeros(len(batch), dtype=np.int32),
+        )

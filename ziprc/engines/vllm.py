@@ -3,9 +3,9 @@
 One custom logits processor does both things that stock vLLM cannot: it reads softmax over the R·L rows of the joint
 head in the very forward pass that emits a token, and then sets every row that is no token to -inf, before temperature
 and min-p and for greedy sampling too. A reading is filed under the number of output tokens so far; when a chunked
-prefill or a preempted request computes a position again, the later reading overwrites the earlier one. On a GPU the
-readings wait on the device and cross over once in `STEPS_PER_COPY` steps. What had to be learned about vLLM is noted
-where it matters.
+prefill or a preempted request computes a position again, the later reading counts. How readings are kept is in
+`engines/reading.py`. A session drives the same engine a step at a time. What had to be learned about vLLM is
+noted where it matters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # Read when vLLM is imported. The engine runs in this process, so that readings need not cross a process border; the
@@ -33,61 +34,35 @@ from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from ziprc.artifacts import read_json
-from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, own_dtype
+from ziprc.engines.base import (
+    EngineSettings,
+    OnTokens,
+    Request,
+    Response,
+    Step,
+    check_request,
+    joint_of,
+    own_dtype,
+)
+from ziprc.engines.reading import LiveReadout, Readout, TextRows
 from ziprc.errors import UserError
 from ziprc.schemas import FinishReason
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # CPU wheels have no Triton, and need none
 
-STEPS_PER_COPY = 64
 BATCHED_TOKENS = 8192  # tokens of one forward pass on a CPU
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # csrc/cpu/cpu_attn.cpp
 BLOCK_TOKENS = 32  # smallest KV block of the CPU backend; only whole blocks of a prompt are shared
 
-_readouts: dict[int, Readout] = {}  # how an engine's processor, which vLLM constructs, finds the engine's readout
-_readout_ids = itertools.count()
-
-
-class Readout:
-    """Readings of one `generate` call: for every step, which (request, position) each row of a tensor belongs to."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.places: list[tuple[int, int]] = []
-        self._waiting: list[torch.Tensor] = []
-        self._host: list[NDArray[np.float32]] = []
-
-    def add(self, places: Sequence[tuple[int, int]], probabilities: torch.Tensor) -> None:
-        """Row i of `probabilities` [B, R·L] is the reading of `places[i]`, a (request, position)."""
-        assert len(places) == len(probabilities), "every row of a batch belongs to a request"
-        self.places.extend(places)
-        self._waiting.append(probabilities)
-        if len(self._waiting) >= STEPS_PER_COPY:
-            self._copy()
-
-    def _copy(self) -> None:
-        if self._waiting:
-            self._host.append(torch.cat(self._waiting).cpu().numpy())
-            self._waiting.clear()
-
-    def by_request(self, lengths: Sequence[int]) -> list[NDArray[np.float32]]:
-        """[m, R·L] for every request, given the m of each. The last reading of a position counts."""
-        self._copy()
-        request, position = np.asarray(self.places, dtype=np.int64).T
-        wanted = position < np.asarray(lengths)[request]  # a step may already be under way when a response stops
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        readings = np.concatenate(self._host)
-        rows = np.full((starts[-1], readings.shape[1]), np.nan, dtype=np.float32)
-        rows[starts[request[wanted]] + position[wanted]] = readings[wanted]
-        assert not np.isnan(rows).any(), "a position was never read"
-        return np.split(rows, starts[1:-1])
+# How an engine's processor, which vLLM constructs, finds who reads in the engine now: a whole call, or a session.
+_readers: dict[int, Readout | LiveReadout] = {}
+_engine_ids = itertools.count()
 
 
 class ReadAndMask(LogitsProcessor):
@@ -96,23 +71,20 @@ class ReadAndMask(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         own = vllm_config.additional_config["ziprc"]
         self.banned = [slice(*rows) for rows in own["banned"]]
-        self.joint = slice(*own["joint"]) if own["joint"] else None
-        self.readout = _readouts.get(own["readout"])  # none in the worker processes of tensor parallelism
+        self.engine = own["engine"]
         self.rows: dict[int, tuple[int, list[int]]] = {}  # row of the batch → (request, its output tokens, live)
 
     def is_argmax_invariant(self) -> bool:
         return False  # so it runs first, and for greedy sampling too
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        if self.joint is not None:
-            process_dict_updates(self.rows, batch_update, _request_of)
+        process_dict_updates(self.rows, batch_update, _request_of)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.rows and self.readout is not None:
-            # Softmax of its own: the slice itself is overwritten below.
-            probabilities = logits[:, self.joint].float().softmax(-1)
-            places = [(request, len(out)) for request, out in (self.rows[i] for i in range(len(self.rows)))]
-            self.readout.add(places, probabilities)
+        reader = _readers.get(self.engine)  # none without a joint head, and none in a tensor-parallel worker process
+        if self.rows and reader is not None:
+            # Only the number of output tokens is used: where vLLM schedules ahead, the last one is a placeholder.
+            reader.read([(number, len(out)) for number, out in (self.rows[i] for i in range(len(self.rows)))], logits)
         for rows in self.banned:
             logits[:, rows] = -torch.inf
         return logits
@@ -140,46 +112,66 @@ class VLLMEngine:
         if current_platform.is_cpu():
             _check_head_dim(settings)
         self.settings = settings
-        self._readout_id = next(_readout_ids)
-        self._readout = _readouts[self._readout_id] = Readout()
+        self._id = next(_engine_ids)
+        self._readout = Readout(settings.joint.layout.joint_slice) if settings.joint else None
+        self._session: VLLMSession | None = None
         self._set_num_threads = torch.set_num_threads  # a CPU engine replaces it by a no-op, for the whole process
-        self._request_ids = itertools.count()
         try:
             self.llm = LLM(**self._arguments())
         except ValueError as error:
             raise UserError(f"vLLM refused to start with {settings.model}: {error}") from error
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
-        self.llm.reset_prefix_cache()
-        self._readout.clear()
-        numbers: dict[str, int] = {}
+        self._start(self._readout)
         for number, request in enumerate(requests):
-            numbers[str(next(self._request_ids))] = number
-            self._add(next(reversed(numbers)), number, request)
+            self._add(request, number)
         finished: dict[int, RequestOutput] = {}
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
-                finished[numbers[output.request_id]] = output
+                finished[int(output.request_id)] = output
                 if on_tokens is not None:
                     on_tokens(len(output.outputs[0].token_ids))
         outputs = [finished[number].outputs[0] for number in range(len(requests))]
         joint: Sequence[NDArray[np.float32] | None] = [None] * len(outputs)
-        if self.settings.joint is not None and outputs:
+        if self._readout is not None and outputs:
             joint = self._readout.by_request([len(output.token_ids) for output in outputs])
-        self._readout.clear()
+            self._readout.clear()
         return [
             Response(request.key, tuple(output.token_ids), FinishReason(output.finish_reason), reading)
             for request, output, reading in zip(requests, outputs, joint, strict=True)
         ]
 
+    def session(self) -> VLLMSession:
+        joint = joint_of(self.settings).layout.joint_slice
+        vocab_size = read_json(self.settings.model / "config.json")["vocab_size"]
+        reader = LiveReadout(joint, TextRows(self.settings.banned, vocab_size))
+        self._start(reader)
+        self._session = VLLMSession(self, reader)
+        return self._session
+
     def close(self) -> None:
         """End the engine, and with it any other of this process."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        _readouts.pop(self._readout_id)
+        _readers.pop(self._id, None)
         torch.set_num_threads = self._set_num_threads
 
-    def _add(self, request_id: str, number: int, request: Request) -> None:
+    def _start(self, reader: Readout | LiveReadout | None) -> None:
+        """Drain the engine, empty its prefix cache, and let `reader` read from now on."""
+        if self._session is not None:
+            raise UserError("A session of this engine is still open. Close it before generating or opening another.")
+        core = self.llm.llm_engine.engine_core.engine_core
+        while core.batch_queue:  # where vLLM schedules ahead, a step is under way after the last request has ended
+            self.llm.llm_engine.step()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM still holds KV blocks although nothing is in flight")
+        if reader is not None:
+            _readers[self._id] = reader
+        if isinstance(reader, Readout):
+            reader.clear()
+
+    def _add(self, request: Request, number: int) -> str:
+        """Queue the request; its output and its readings are filed under `number`. Returns vLLM's own id for it."""
         sampling = self.settings.sampling
         params = SamplingParams(
             temperature=sampling.temperature,
@@ -194,16 +186,12 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"ziprc_request": number},
         )
-        self.llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(request.prompt_token_ids)}, params)
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        return self.llm.llm_engine.add_request(str(number), prompt, params)
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
-        joint = settings.joint.layout.joint_slice if settings.joint else None
-        own = {
-            "banned": [list(rows) for rows in settings.banned],
-            "joint": [joint.start, joint.stop] if joint else None,
-            "readout": self._readout_id,
-        }
+        own = {"banned": [list(rows) for rows in settings.banned], "engine": self._id}
         return {
             "model": str(settings.model),
             "skip_tokenizer_init": True,
@@ -219,6 +207,86 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
             **(_cpu_arguments(settings) if current_platform.is_cpu() else {}),
         }
+
+
+@dataclass
+class _Flying:
+    """A request in flight."""
+
+    key: str
+    vllm_id: str
+    number: int
+    emitted: int = 0
+    log_prob: float = 0.0  # of its last token
+    cached: int = 0
+
+
+class VLLMSession:
+    """Live control of one engine, in which it keeps the place of `generate`."""
+
+    def __init__(self, engine: VLLMEngine, reader: LiveReadout) -> None:
+        self.engine, self.reader = engine, reader
+        self._numbers = itertools.count()
+        self._by_key: dict[str, _Flying] = {}
+        self._by_id: dict[str, _Flying] = {}
+
+    def add(self, request: Request) -> None:
+        check_request(request, self._by_key, self.engine.settings.max_model_len)
+        number = next(self._numbers)
+        one = _Flying(request.key, self.engine._add(request, number), number)
+        self._by_key[one.key] = self._by_id[one.vllm_id] = one
+
+    def abort(self, keys: Iterable[str]) -> None:
+        gone = [self._by_key[key] for key in set(keys) if key in self._by_key]
+        self.engine.llm.llm_engine.abort_request([one.vllm_id for one in gone], internal=True)
+        self._forget(gone)
+
+    def step(self) -> Step | None:
+        while self._by_id:
+            outputs = [output for output in self._core_outputs() if output.request_id in self._by_id]
+            if outputs:  # a step that only prefills a part of a prompt, or that fills a queue, has none
+                return self._emitted(outputs)
+        return None
+
+    def close(self) -> None:
+        self.abort(list(self._by_key))
+        if self.engine._session is self:
+            self.engine._session = None
+
+    def _core_outputs(self) -> Sequence[EngineCoreOutput]:
+        """`LLMEngine.step`, less the two objects it makes per token: a tenth of the time of a small model."""
+        engine = self.engine.llm.llm_engine
+        outputs = engine.engine_core.get_output().outputs
+        engine.output_processor.process_outputs(outputs)  # its own list of who is in flight
+        return outputs
+
+    def _emitted(self, outputs: Sequence[EngineCoreOutput]) -> Step:
+        """What the outputs of one step say, joined with what was read where they were drawn."""
+        rows = [self._by_id[output.request_id] for output in outputs]
+        tokens = np.array([token for output in outputs for token in output.new_token_ids], dtype=np.int32)
+        assert len(tokens) == len(rows), "a step emits one token of a request"
+        taken = self.reader.take([(row.number, row.emitted) for row in rows], tokens)
+        for row, output in zip(rows, outputs, strict=True):
+            if output.prefill_stats is not None:  # with the first token only
+                row.cached = output.prefill_stats.num_cached_tokens
+        step = Step(
+            keys=[row.key for row in rows],
+            token_ids=tokens,
+            position=np.array([row.emitted for row in rows], dtype=np.int32),
+            finish=[None if o.finish_reason is None else FinishReason(str(o.finish_reason)) for o in outputs],
+            joint=taken.joint,
+            log_prob=np.array([row.log_prob for row in rows], dtype=np.float32),
+            entropy=taken.entropy,
+            cached=np.array([row.cached for row in rows], dtype=np.int32),
+        )
+        for row, log_prob in zip(rows, taken.log_prob.tolist(), strict=True):
+            row.emitted, row.log_prob = row.emitted + 1, log_prob
+        self._forget([row for row, why in zip(rows, step.finish, strict=True) if why is not None])
+        return step
+
+    def _forget(self, gone: Iterable[_Flying]) -> None:
+        for one in gone:
+            del self._by_key[one.key], self._by_id[one.vllm_id]
 
 
 def _check_head_dim(settings: EngineSettings) -> None:

@@ -1,0 +1,406 @@
+"""Live control: vLLM's session against `generate`, against the reference session, and against forward passes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ziprc.config import Sampling
+from ziprc.engines.base import Engine, EngineSettings, Request, Session, Step, make_engine
+from ziprc.errors import UserError
+from ziprc.evaluation.logits import token_scores
+from ziprc.joint.bins import BinGrid
+from ziprc.joint.checkpoint import JointHead, load_model
+from ziprc.joint.readout import TokenPair, read_joint
+from ziprc.joint.vocabulary import VocabLayout
+from ziprc.schemas import FinishReason
+
+pytest.importorskip("vllm")
+from ziprc.engines.reading import LiveReadout, TextRows
+from ziprc.engines.vllm import BLOCK_TOKENS, VLLMEngine
+
+TEXT, JOINT_ROWS, VOCAB = 352, 16, 384
+SEATS = 24  # fewer than the requests, so that some wait
+JOINT_TOLERANCE, SCORE_TOLERANCE = 1e-5, 1e-4  # float32, sums in another order; scores are up to 10 nats
+# Few enough KV blocks (of 32 tokens) that the responses in flight push each other out.
+TIGHT_BLOCKS = 40
+
+
+class TightEngine(VLLMEngine):
+    """An engine whose KV cache is too small for its batch, so that requests are preempted and computed again."""
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**super()._arguments(), "num_gpu_blocks_override": TIGHT_BLOCKS}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=VOCAB, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
+        eos_token_id=5, bos_token_id=None,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    head = JointHead(VocabLayout(VOCAB, TEXT, TEXT, JOINT_ROWS), BinGrid((0.0, 1.0), tuple(range(0, 72, 8))))
+    sampling = Sampling(temperature=0.8, min_p=0.02)  # so that tempered or filtered scores would differ
+    return EngineSettings(folder, sampling, (5, 9), ((TEXT, VOCAB),), max_model_len=256, joint=head, max_num_seqs=SEATS)
+
+
+@pytest.fixture(scope="module")
+def engines(settings: EngineSettings) -> Iterator[dict[str, Engine]]:
+    """All engines of this module, held to the end: when a vLLM engine is closed, every other of its process dies."""
+    every: dict[str, Engine] = {
+        "vllm": VLLMEngine(settings),
+        "tight": TightEngine(settings),
+        "no joint": VLLMEngine(replace(settings, joint=None)),
+        "hf": make_engine("hf", settings),
+    }
+    yield every
+    for engine in every.values():
+        engine.close()
+
+
+@pytest.fixture
+def session(engines: dict[str, Engine]) -> Iterator[Session]:
+    session = engines["vllm"].session()
+    yield session
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(10, TEXT, rng.integers(3, 60)).tolist()) for _ in range(60)]
+    return [Request(f"r{i}", p, int(rng.integers(2**62)), int(rng.integers(4, 60))) for i, p in enumerate(prompts)]
+
+
+@dataclass
+class Heard:
+    """All rows of one request, in the order in which they came."""
+
+    token_ids: tuple[int, ...]
+    position: list[int]
+    finish: list[FinishReason | None]
+    joint: np.ndarray  # [m, R·L]
+    log_prob: np.ndarray  # [m]
+    entropy: np.ndarray  # [m]
+    cached: list[int]
+
+
+def by_key(steps: Sequence[Step]) -> dict[str, Heard]:
+    rows: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for s in steps:
+        assert len(set(s.keys)) == len(s.keys)
+        for i, row in enumerate(
+            zip(s.token_ids.tolist(), s.position.tolist(), s.finish, s.joint, s.log_prob, s.entropy, s.cached.tolist(),
+                strict=True)
+        ):  # fmt: skip
+            rows[s.keys[i]].append(row)
+    heard = {}
+    for key, many in rows.items():
+        token_ids, position, finish, joint, log_prob, entropy, cached = zip(*many, strict=True)
+        heard[key] = Heard(
+            token_ids,
+            list(position),
+            list(finish),
+            np.stack(joint),
+            np.array(log_prob),
+            np.array(entropy),
+            list(cached),
+        )
+    return heard
+
+
+def drained(session: Session, steps: int | None = None) -> list[Step]:
+    """Step to the end, or `steps` times."""
+    seen: list[Step] = []
+    while steps is None or len(seen) < steps:
+        step = session.step()
+        if step is None:
+            break
+        seen.append(step)
+    return seen
+
+
+def whole(engine: Engine, requests: Sequence[Request]) -> dict[str, Heard]:
+    session = engine.session()
+    try:
+        for request in requests:
+            session.add(request)
+        return by_key(drained(session))
+    finally:
+        session.close()
+
+
+@pytest.fixture(scope="module")
+def heard(engines: dict[str, Engine], requests: list[Request]) -> dict[str, Heard]:
+    return whole(engines["vllm"], requests)
+
+
+def pairs_of(requests: Sequence[Request], heard: Mapping[str, Heard]) -> list[TokenPair]:
+    return [TokenPair(q.prompt_token_ids, heard[q.key].token_ids) for q in requests]
+
+
+# --- what a session says --------------------------------------------------------------------------------------------
+
+
+def test_a_session_samples_what_generate_samples(
+    engines: dict[str, Engine], requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    for response in engines["vllm"].generate(requests):
+        assert heard[response.key].token_ids == response.token_ids
+        assert heard[response.key].finish[-1] == response.finish_reason
+        np.testing.assert_allclose(heard[response.key].joint, response.joint, atol=JOINT_TOLERANCE)
+
+
+def test_the_reference_says_the_same(
+    engines: dict[str, Engine], requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    reference = whole(engines["hf"], requests)
+    same = [q.key for q in requests if reference[q.key].token_ids == heard[q.key].token_ids]
+    assert len(same) >= len(requests) - 1  # a draw can be as close as a rounding error
+    for key in same:
+        ours, theirs = heard[key], reference[key]
+        assert (ours.position, ours.finish) == (theirs.position, theirs.finish)
+        np.testing.assert_allclose(ours.joint, theirs.joint, atol=JOINT_TOLERANCE)
+        np.testing.assert_allclose(ours.log_prob, theirs.log_prob, atol=SCORE_TOLERANCE)
+        np.testing.assert_allclose(ours.entropy, theirs.entropy, atol=SCORE_TOLERANCE)
+
+
+def test_every_position_comes_once_and_in_order(requests: list[Request], heard: dict[str, Heard]) -> None:
+    assert set(heard) == {q.key for q in requests} and len(requests) > 2 * SEATS
+    for request in requests:
+        own = heard[request.key]
+        assert own.position == list(range(len(own.token_ids)))
+        assert own.finish[-1] is not None and not any(own.finish[:-1])
+        assert own.finish[-1] is FinishReason.STOP or len(own.token_ids) == request.max_new_tokens
+    assert {own.finish[-1] for own in heard.values()} == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+def test_scores_equal_a_forward_pass_on_the_finished_text(
+    settings: EngineSettings, requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    assert settings.joint is not None
+    model, pairs = load_model(settings.model), pairs_of(requests, heard)
+    for i, scores in token_scores(model, TEXT, pairs, token_budget=8192, chunk=512):
+        own = heard[requests[i].key]
+        assert own.log_prob[0] == 0
+        np.testing.assert_allclose(own.log_prob[1:], scores.log_prob[:-1], atol=SCORE_TOLERANCE)
+        np.testing.assert_allclose(own.entropy, scores.entropy, atol=SCORE_TOLERANCE)
+    for i, joint in read_joint(model, settings.joint, pairs):
+        np.testing.assert_allclose(heard[requests[i].key].joint, joint, atol=JOINT_TOLERANCE)
+
+
+def test_a_step_has_the_promised_types(session: Session, requests: list[Request]) -> None:
+    for request in requests[:3]:
+        session.add(request)
+    step = session.step()
+    assert step is not None and sorted(step.keys) == ["r0", "r1", "r2"]
+    assert step.token_ids.dtype == step.position.dtype == step.cached.dtype == np.int32
+    assert step.joint.dtype == step.log_prob.dtype == step.entropy.dtype == np.float32
+    assert step.joint.shape == (3, JOINT_ROWS)
+    np.testing.assert_allclose(step.joint.sum(-1), 1, atol=1e-5)
+
+
+# --- coming and going -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+def test_who_is_aborted_is_silent_and_the_others_do_not_notice(
+    engines: dict[str, Engine], requests: list[Request], heard: dict[str, Heard], kind: str
+) -> None:
+    session = engines[kind].session()
+    for request in requests:
+        session.add(request)
+    before = drained(session, 3)
+    gone = {q.key for i, q in enumerate(requests) if i % 3 == 0}  # some decode, some wait for a seat, some have ended
+    assert gone & set(before[-1].keys) and gone - {key for step in before for key in step.keys}
+    session.abort([*gone, "never heard of"])
+    after = drained(session)
+    session.close()
+    assert not gone & {key for step in after for key in step.keys}
+    rest = by_key([*before, *after])
+    for request in requests:
+        if request.key not in gone:
+            assert rest[request.key].token_ids == heard[request.key].token_ids
+            assert rest[request.key].position == heard[request.key].position
+
+
+def test_aborting_everybody_ends_the_session_and_frees_the_memory(
+    engines: dict[str, Engine], session: Session, requests: list[Request]
+) -> None:
+    for request in requests:
+        session.add(request)
+    drained(session, 2)
+    session.abort([q.key for q in requests])
+    assert session.step() is None
+    pool = engines["vllm"].llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool  # type: ignore[attr-defined]
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # block 0 is vLLM's own null block
+
+
+def test_requests_can_join_at_any_step(
+    engines: dict[str, Engine], session: Session, requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    steps: list[Step] = []
+    for start in range(0, 40, 5):
+        for request in requests[start : start + 5]:
+            session.add(request)
+        steps += drained(session, 2)
+    late = by_key(steps + drained(session))
+    for request in requests[:40]:
+        assert late[request.key].token_ids == heard[request.key].token_ids
+        assert late[request.key].position == heard[request.key].position
+        np.testing.assert_allclose(late[request.key].log_prob, heard[request.key].log_prob, atol=SCORE_TOLERANCE)
+
+
+def test_a_key_can_come_back_after_its_request_has_gone(
+    session: Session, requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    request = requests[0]
+    session.add(request)
+    session.add(replace(requests[1], max_new_tokens=50))
+    drained(session, 2)
+    session.abort([request.key])
+    session.add(request)
+    again = by_key(drained(session))[request.key]
+    assert (again.token_ids, again.position) == (heard[request.key].token_ids, heard[request.key].position)
+
+
+def longest(requests: Sequence[Request], heard: Mapping[str, Heard]) -> Request:
+    return max(requests, key=lambda q: len(heard[q.key].token_ids))
+
+
+def test_a_branch_starts_in_the_state_of_its_parent(
+    session: Session, requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    parent = longest(requests, heard)
+    others = [q for q in requests if q is not parent][:8]
+    for request in [parent, *others]:
+        session.add(request)
+    so_far = by_key(drained(session, 50))[parent.key]
+    assert len(so_far.token_ids) == 50 and so_far.finish[-1] is None, "no response is long enough for this test"
+    for kept in (30, 49):
+        prefix = (*parent.prompt_token_ids, *so_far.token_ids[:kept])
+        session.add(Request(f"branch {kept}", prefix, kept, 10))
+    rest = by_key(drained(session))
+    assert so_far.token_ids + rest[parent.key].token_ids == heard[parent.key].token_ids
+    for kept in (30, 49):
+        branch, length = rest[f"branch {kept}"], len(parent.prompt_token_ids) + kept
+        np.testing.assert_allclose(branch.joint[0], so_far.joint[kept], atol=JOINT_TOLERANCE)
+        np.testing.assert_allclose(branch.entropy[0], so_far.entropy[kept], atol=SCORE_TOLERANCE)
+        assert branch.position[0] == 0 and branch.log_prob[0] == 0
+        assert branch.cached[0] == cached_of(length) > 0
+
+
+def cached_of(length: int) -> int:
+    """Whole blocks, and never the last token: its state has to be computed."""
+    return (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def test_an_aborted_response_can_be_resumed_from_the_cache(
+    session: Session, requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    paused = longest(requests, heard)
+    for request in [paused, *(q for q in requests[:5] if q is not paused)]:
+        session.add(request)
+    kept = by_key(drained(session, 40))[paused.key].token_ids
+    session.abort([paused.key])
+    drained(session, 3)
+    session.add(replace(paused, prompt_token_ids=(*paused.prompt_token_ids, *kept), max_new_tokens=10))
+    resumed = by_key(drained(session))[paused.key]
+    assert resumed.cached[0] == cached_of(len(paused.prompt_token_ids) + 40) > 0
+    np.testing.assert_allclose(resumed.joint[0], heard[paused.key].joint[40], atol=JOINT_TOLERANCE)
+
+
+def test_a_session_starts_with_an_empty_prefix_cache(engines: dict[str, Engine]) -> None:
+    request = Request("long", tuple(range(20, 120)), 1, 4)
+    for _ in range(2):
+        assert whole(engines["vllm"], [request])["long"].cached[0] == 0
+
+
+def test_preempted_requests_lose_and_repeat_nothing(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = engines["tight"].llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
+    preempt, preempted = scheduler._preempt_request, []
+
+    def counted(request: Any, *rest: Any, **options: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(request, *rest, **options)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", counted)
+    rng = np.random.default_rng(1)
+    long = [Request(f"p{i}", tuple(rng.integers(10, TEXT, 150).tolist()), i, 60) for i in range(20)]
+    free, squeezed = whole(engines["vllm"], long), whole(engines["tight"], long)
+    assert preempted
+    for key, own in squeezed.items():
+        assert own.position == list(range(len(own.token_ids)))
+        assert own.token_ids == free[key].token_ids
+        np.testing.assert_allclose(own.joint, free[key].joint, atol=JOINT_TOLERANCE)
+        np.testing.assert_allclose(own.log_prob, free[key].log_prob, atol=SCORE_TOLERANCE)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vllm", "hf"])
+def test_what_can_never_run_is_refused_by_name(engines: dict[str, Engine], kind: str) -> None:
+    session = engines[kind].session()
+    with pytest.raises(UserError, match=r"big has 250 prompt tokens and may add 7, 257 in all.*max_model_len=256"):
+        session.add(Request("big", (20,) * 250, 0, 7))
+    with pytest.raises(UserError, match="void has 0 prompt tokens"):
+        session.add(Request("void", (), 0, 7))
+    session.add(Request("fits", (20,) * 250, 0, 6))
+    with pytest.raises(UserError, match="fits is already in flight"):
+        session.add(Request("fits", (20,), 0, 6))
+    assert len(by_key(drained(session))["fits"].token_ids) <= 6
+    session.close()
+
+
+def test_a_session_needs_the_joint_head(engines: dict[str, Engine], settings: EngineSettings) -> None:
+    for engine in (engines["no joint"], make_engine("hf", replace(settings, joint=None))):
+        with pytest.raises(UserError, match="without one"):
+            engine.session()
+
+
+def test_there_is_one_session_at_a_time(
+    engines: dict[str, Engine], requests: list[Request], heard: dict[str, Heard]
+) -> None:
+    session = engines["vllm"].session()
+    for request in requests:
+        session.add(request)
+    drained(session, 2)
+    for again in (engines["vllm"].session, lambda: engines["vllm"].generate(requests[:1])):
+        with pytest.raises(UserError, match="still open"):
+            again()
+    session.close()
+    for response in engines["vllm"].generate(requests):  # nothing is left of what was in flight
+        assert response.token_ids == heard[response.key].token_ids
+        assert response.joint is not None
+
+
+# --- how readings find their tokens ---------------------------------------------------------------------------------
+
+
+def test_a_reading_waits_for_the_tokens_of_its_own_forward_pass() -> None:
+    text = TextRows([(2, 4)], 6)
+    reader, logits = LiveReadout(slice(2, 4), text), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    allowed = logits[:, [0, 1, 4, 5]].log_softmax(-1)
+    reader.read([(9, 0)], logits[:1])  # a part of a prefill: nothing is drawn
+    reader.read([(7, 3), (9, 0), (8, 1)], logits[1:])
+    reader.read([(9, 1)], logits[:1])  # already under way
+    taken = reader.take([(8, 1), (9, 0)], np.array([5, 1], dtype=np.int32))  # request 7 was aborted
+    np.testing.assert_allclose(taken.log_prob, [allowed[3, 3], allowed[2, 1]], rtol=1e-6)
+    np.testing.assert_allclose(taken.joint, logits[[3, 2], 2:4].softmax(-1), rtol=1e-6)
+    entropy = torch.distributions.Categorical(logits=allowed[[3, 2]]).entropy()
+    np.testing.assert_allclose(taken.entropy, entropy, rtol=1e-5)
+    assert reader.take([(9, 1)], np.array([0], dtype=np.int32)).log_prob[0] == pytest.approx(float(allowed[0, 0]))
