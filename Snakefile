@@ -61,15 +61,6 @@ def checkpoint_manifest(name):
     return f"{HOME}/checkpoints/{name}/ziprc.json"
 
 
-def split(name):
-    return "train" if name == "train" else "test"
-
-
-def policy(name):
-    """The checkpoint that samples rollouts/<name>: `test-ziprc` comes from ziprc, the rest from the base."""
-    return "ziprc" if name == "test-ziprc" else "base"
-
-
 wildcard_constraints:
     experiment=r"[^/]+",
     head=r"noisy(-fold\d+)?|ziprc|lite",
@@ -124,8 +115,10 @@ rule base:
 
 rule rollouts:
     input:
-        prompts=lambda w: manifest("prompts", split(w.name)),
-        policy=lambda w: checkpoint_manifest(policy(w.name)),
+        prompts=lambda w: manifest("prompts", settings.prompts_of(w.name)),
+        policy=lambda w: checkpoint_manifest(
+            settings.policy_of(resolved(w.experiment), w.name)
+        ),
     output:
         **table("rollouts"),
     log:
@@ -147,7 +140,7 @@ rule rollouts:
 
 rule grades:
     input:
-        prompts=lambda w: manifest("prompts", split(w.name)),
+        prompts=lambda w: manifest("prompts", settings.prompts_of(w.name)),
         rollouts=manifest("rollouts"),
     output:
         **table("grades"),
@@ -227,8 +220,8 @@ rule values:
 
 rule introspection:
     input:
-        rollouts=manifest("rollouts", "test"),
-        head=checkpoint_manifest("{name}"),
+        rollouts=lambda w: manifest("rollouts", settings.introspected(w.name)[0]),
+        head=lambda w: checkpoint_manifest(settings.introspected(w.name)[1]),
     output:
         **table("introspection"),
     log:
@@ -243,7 +236,7 @@ rule introspection:
         section=section("introspection"),
         code=code("introspection"),
     message:
-        "introspection: what {wildcards.name} expects at every token, {wildcards.experiment}"
+        "introspection: what {wildcards.name} expects at every token of {wildcards.experiment}"
     shell:
         RUN + "{wildcards.name} > {log} 2>&1"
 

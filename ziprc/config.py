@@ -26,11 +26,12 @@ class Section(BaseModel):
 
 
 class Prompts(Section):
-    """What is asked. `settings` belong to the task; counts are prompts per split (0 for a split that is not wanted)."""
+    """What is asked. `settings` belong to the task; counts are prompts per split."""
 
     task: str = "arithmetic"
     settings: dict[str, Any] = {}
     train: int = Field(1000, ge=1)
+    validation: int = Field(200, ge=1, description="prompts on which samplers are calibrated")
     test: int = Field(200, ge=1)
 
 
@@ -83,6 +84,8 @@ class Rollouts(Section):
     test_thinking: bool = True
     many_prompts: int = Field(64, ge=1, description="test prompts that get many rollouts, for the empirical joint")
     many_samples: int = Field(64, ge=1)
+    pool_samples: int = Field(8, ge=1, description="per prompt of a pool: what adaptive samplers are replayed on")
+    pool_prompts: int | None = Field(None, ge=1, description="prompts of a pool, the first ones; empty: all of them")
     shard_prompts: int = Field(512, ge=1, description="prompts per shard: what is kept after a kill")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
 
@@ -177,7 +180,7 @@ class Values(Section):
 
 
 class Introspection(Section):
-    """The joint at every labelled state of the test rollouts."""
+    """The joint, the emitted token's log-probability and the entropy at every labelled state."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -390,20 +393,38 @@ def head_params(config: Config, checkpoint: str) -> dict[str, Any]:
     return {"seed": config.seed, **shared, **folds, **head_of(config, checkpoint).model_dump(mode="json")}
 
 
+# Pools of recorded rollouts, on which adaptive samplers are replayed: calibrated on the first, judged on the second.
+POOLS = ("validation-ziprc", "test-ziprc")
+
+# What `rollouts/<name>` counts samples and prompts by; a name that is not here is a variant of `test`.
+ROLLOUT_COUNTS: dict[str, tuple[str, ...]] = {
+    "train": ("thinking_samples", "non_thinking_samples"),
+    "test": ("test_samples", "test_thinking"),
+    "test-many": ("many_prompts", "many_samples", "test_thinking"),
+    **{pool: ("pool_prompts", "pool_samples", "test_thinking") for pool in POOLS},
+}
+
+
+def prompts_of(name: str) -> str:
+    """The prompts table that `rollouts/<name>` and `grades/<name>` are about."""
+    return next((split for split in ("train", "validation") if name.startswith(split)), "test")
+
+
+def policy_of(config: Config, name: str) -> str:
+    """The checkpoint that samples `rollouts/<name>`: a head that the name ends in (`test-ziprc`), else the base."""
+    head = name.partition("-")[2]
+    return head if head in head_names(config) else "base"
+
+
+def introspected(name: str) -> tuple[str, str]:
+    """What `introspection/<name>` reads: the rollouts table and the checkpoint. A head alone reads `test`."""
+    return (name, name.partition("-")[2]) if name in POOLS else ("test", name)
+
+
 def rollouts_params(config: Config, name: str) -> dict[str, Any]:
     """Params of `rollouts/<name>`: the sampling settings, and the counts that this table uses."""
-    counts = {
-        "train": ("thinking_samples", "non_thinking_samples"),
-        "test-many": ("many_prompts", "many_samples", "test_thinking"),
-    }.get(name, ("test_samples", "test_thinking"))
-    every = (
-        "thinking_samples",
-        "non_thinking_samples",
-        "test_samples",
-        "test_thinking",
-        "many_prompts",
-        "many_samples",
-    )
+    counts = ROLLOUT_COUNTS.get(name, ROLLOUT_COUNTS["test"])
+    every = {key for keys in ROLLOUT_COUNTS.values() for key in keys}
     return {k: v for k, v in science(config, "rollouts").items() if k in counts or k not in every}
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from ziprc.artifacts import Layout, manifest_of
-from ziprc.config import Config, head_names
+from ziprc.config import POOLS, Config, head_names
 
 
 def artifact_names(config: Config, layout: Layout) -> list[str]:
     """Every file that the rules of an experiment declare, manifests included."""
     final = ["ziprc", *(["lite"] if config.train_joint.lite else [])]
     tables = [
-        *(("prompts", n) for n in ("train", "test")),
-        *(("rollouts", n) for n in ("train", "test", "test-many", "test-ziprc")),
-        *(("grades", n) for n in ("train", "test", "test-ziprc")),
+        *(("prompts", n) for n in ("train", "validation", "test")),
+        *(("rollouts", n) for n in ("train", "test", "test-many", *POOLS)),
+        *(("grades", n) for n in ("train", "test", *POOLS)),
         *(("values", n) for n in ("train", "test-many")),
-        *(("introspection", n) for n in final),
+        *(("introspection", n) for n in (*final, *POOLS)),
         ("baselines", "test"),
     ]
     files: list[Path] = [manifest_of(layout.checkpoint(name)) for name in ("base", *head_names(config))]

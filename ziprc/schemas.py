@@ -70,6 +70,15 @@ def _response_not_empty(table: pa.Table) -> tuple[str, pa.Array, str]:
     return "response_token_ids", bad, "a response has at least one token"
 
 
+def _log_prob_and_entropy_in_range(table: pa.Table) -> tuple[str, pa.Array, str]:
+    log_prob, entropy = table["log_prob"], table["entropy"]
+    bad = pc.invert(pc.and_(pc.is_finite(log_prob), pc.less_equal(log_prob, 0.0)))
+    if pc.any(bad).as_py():
+        return "log_prob", bad, "a log-probability is finite and at most 0"
+    bad = pc.invert(pc.and_(pc.is_finite(entropy), pc.greater_equal(entropy, 0.0)))
+    return "entropy", bad, "an entropy is finite and at least 0"
+
+
 SCHEMAS: dict[str, TableSchema] = {
     schema.name: schema
     for schema in (
@@ -147,11 +156,14 @@ SCHEMAS: dict[str, TableSchema] = {
                     _column("position", pa.int32()),
                     _column("expected_reward", pa.float32()),
                     _column("expected_remaining", pa.float32()),
+                    _column("log_prob", pa.float32()),
+                    _column("entropy", pa.float32()),
                     _column("joint", pa.list_(pa.float16())),
                 ]
             ),
             key=("rollout_id", "position"),
             unit_range=("expected_reward",),
+            rule=_log_prob_and_entropy_in_range,
         ),
         TableSchema(
             "baselines",

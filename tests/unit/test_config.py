@@ -8,7 +8,7 @@ import pytest
 
 from ziprc import code as code_module
 from ziprc import config as module
-from ziprc.config import load, science
+from ziprc.config import Config, load, science
 from ziprc.errors import UserError
 
 CONTENT = """
@@ -105,6 +105,40 @@ def test_one_head_changes_its_own_params_only(path: Path) -> None:
     before, after = load(path, "plain"), load(path, "plain", ["train_joint.ziprc.kl=25"])
     changed = [h for h in module.head_names(before) if module.head_params(before, h) != module.head_params(after, h)]
     assert changed == ["ziprc"]
+
+
+def changed_params(before: Config, override: str, path: Path) -> set[str]:
+    """Rollouts and prompts tables whose params an override changes."""
+    after = load(path, "plain", [override])
+    tables = [("prompts", n) for n in ("train", "validation", "test")]
+    tables += [("rollouts", n) for n in ("train", "test", "test-many", "test-lite", *module.POOLS)]
+    return {
+        f"{kind}/{name}"
+        for kind, name in tables
+        if module.params_of(before, kind, name) != module.params_of(after, kind, name)
+    }
+
+
+def test_counts_change_the_tables_that_use_them_and_no_other(path: Path) -> None:
+    before = load(path, "plain")
+    pools = {"rollouts/validation-ziprc", "rollouts/test-ziprc"}
+    variants = {"rollouts/test", "rollouts/test-lite"}
+    assert changed_params(before, "rollouts.pool_samples=3", path) == pools
+    assert changed_params(before, "rollouts.pool_prompts=3", path) == pools
+    assert changed_params(before, "rollouts.test_samples=3", path) == variants
+    assert changed_params(before, "rollouts.test_thinking=false", path) == pools | variants | {"rollouts/test-many"}
+    assert changed_params(before, "prompts.validation=3", path) == {"prompts/validation"}
+
+
+def test_a_name_says_which_prompts_policy_and_head(path: Path) -> None:
+    config = load(path, "plain", ["train_joint.lite={}"])
+    names = ["train", "test", "test-many", "test-ziprc", "test-noisy-fold1", "validation-ziprc", "test-lite"]
+    assert [module.prompts_of(n) for n in names] == ["train", *["test"] * 4, "validation", "test"]
+    policies = ["base", "base", "base", "ziprc", "noisy-fold1", "ziprc", "lite"]
+    assert [module.policy_of(config, n) for n in names] == policies
+    assert [module.introspected(n) for n in ("ziprc", "lite", *module.POOLS)] == [
+        ("test", "ziprc"), ("test", "lite"), ("validation-ziprc", "ziprc"), ("test-ziprc", "ziprc"),
+    ]  # fmt: skip
 
 
 @pytest.fixture

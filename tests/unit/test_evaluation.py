@@ -16,25 +16,28 @@ import torch
 
 from tests.doubles import GRID, tiny_experiment
 from ziprc.artifacts import Layout, digest_file, manifest_of, read_json, write_json
-from ziprc.config import Config
+from ziprc.config import POOLS, Config
 from ziprc.errors import UserError
 from ziprc.evaluation import dag, inspection
+from ziprc.evaluation import states as states_module
 from ziprc.evaluation.accuracy import LengthPrediction, auroc, length_metrics
 from ziprc.evaluation.bootstrap import Estimate, Resampling
 from ziprc.evaluation.calibration import calibration_metrics, length_curve, reliability_curve, sampling_floor
 from ziprc.evaluation.description import majority_scores
-from ziprc.evaluation.logits import kl_drift, token_scores
+from ziprc.evaluation.logits import Reading, kl_drift, token_scores
 from ziprc.evaluation.metrics import LengthReference, NoLoss, Target, policy_record
 from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions
 from ziprc.evaluation.probes import ProbeSettings, logistic_prediction, probe_prediction
 from ziprc.evaluation.report import negative_findings, read_benchmarks
-from ziprc.evaluation.states import pieces, read_states, states_table
+from ziprc.evaluation.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
 from ziprc.evaluation.summary import summary
+from ziprc.joint import readout
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model, read_joint_head
 from ziprc.joint.readout import TokenPair
 from ziprc.schemas import make_table, read_table, write_table
 from ziprc.stages import baselines, evaluate, introspection, report, values
+from ziprc.stages.baselines import text_rows
 from ziprc.stages.context import Context
 
 CONFIG = {
@@ -235,21 +238,31 @@ def test_moments_of_short_responses_stay_inside():
     assert moment_positions(np.array([1, 2, 8])).tolist() == [[0] * 5, [0, 0, 1, 1, 1], [0, 2, 4, 6, 7]]
 
 
-def random_states(lengths: list[int]) -> tuple[pa.Array, list[np.ndarray]]:
+def random_states(lengths: list[int]) -> tuple[pa.Array, list[Reading]]:
     rng = np.random.default_rng(0)
-    return pa.array([f"r{i}" for i in range(len(lengths))]), [
-        rng.dirichlet(np.ones(GRID.size), m).astype(np.float32) for m in lengths
+    readings = [
+        Reading(
+            rng.dirichlet(np.ones(GRID.size), m).astype(np.float32),
+            np.log(rng.random(m, np.float32)),
+            rng.random(m, np.float32),
+        )
+        for m in lengths
     ]
+    return pa.array([f"r{i}" for i in range(len(lengths))]), readings
+
+
+def shuffled_file(folder: Path, table: pa.Table) -> Path:
+    """The rows of a states table in another order, written behind the back of `write_states`."""
+    pq.write_table(table.take(pa.array(np.random.default_rng(1).permutation(table.num_rows))), folder / "ziprc.parquet")
+    return folder / "ziprc.parquet"
 
 
 def test_states_are_found_whatever_the_order_of_rows(tmp_path: Path):
     lengths = np.array([3, 1, 6])
-    ids, joints = random_states(lengths.tolist())
-    table = states_table(ids, joints, GRID)
-    shuffled = table.take(pa.array(np.random.default_rng(1).permutation(table.num_rows)))
-    pq.write_table(shuffled, tmp_path / "ziprc.parquet")
-    wanted = pa.array(["r2", "r0"])
-    states = read_states(tmp_path / "ziprc.parquet", wanted, lengths[[2, 0]], np.array([[0, 5], [2, 2]]), GRID.size)
+    ids, readings = random_states(lengths.tolist())
+    joints = [reading.joint for reading in readings]
+    path, wanted = shuffled_file(tmp_path, states_table(ids, readings, GRID)), pa.array(["r2", "r0"])
+    states = read_states(path, wanted, lengths[[2, 0]], np.array([[0, 5], [2, 2]]), GRID.size)
     assert np.allclose(states.at[0], joints[2][[0, 5]], atol=1e-3)
     assert np.allclose(states.at[1], joints[0][[2, 2]], atol=1e-3)
     centres = np.array(GRID.reward_centres)
@@ -258,13 +271,29 @@ def test_states_are_found_whatever_the_order_of_rows(tmp_path: Path):
     assert np.allclose(states.last_mean(100)[0], expected.mean(), atol=1e-6)
 
 
+def test_everything_about_a_rollout_comes_back_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lengths = np.array([3, 1, 6])
+    ids, readings = random_states(lengths.tolist())
+    path = shuffled_file(tmp_path, states_table(ids, readings, GRID))
+    monkeypatch.setattr(states_module, "READ_STATES", 4)  # three pieces
+    found = read_all(path, pa.array(["r2", "r0"]), lengths[[2, 0]], GRID.size)
+    assert found.start.tolist() == [0, 6] and found.length.tolist() == [6, 3]
+    for name in ("joint", "log_prob", "entropy"):
+        wanted = np.concatenate([getattr(readings[i], name) for i in (2, 0)])
+        assert np.array_equal(getattr(found, name), wanted.astype(getattr(found, name).dtype))
+    assert found.joint.dtype == np.float16 and found.log_prob.dtype == found.entropy.dtype == np.float32
+
+
 def test_a_states_table_of_other_rollouts_is_refused(tmp_path: Path):
-    ids, joints = random_states([3, 2])
-    write_table(tmp_path / "ziprc.parquet", "introspection", states_table(ids, joints, GRID))
-    with pytest.raises(UserError, match=r"does not hold every state of rollout r1 \(4 tokens\)"):
-        read_states(tmp_path / "ziprc.parquet", ids, np.array([3, 4]), np.zeros((2, 1), int), GRID.size)
-    with pytest.raises(UserError, match="every row must have 7 cells"):
-        read_states(tmp_path / "ziprc.parquet", ids, np.array([3, 2]), np.zeros((2, 1), int), 7)
+    ids, readings = random_states([3, 2])
+    path = tmp_path / "ziprc.parquet"
+    write_table(path, "introspection", states_table(ids, readings, GRID))
+    some = np.zeros((2, 1), int)
+    for read in (lambda n, c: read_states(path, ids, n, some, c), lambda n, c: read_all(path, ids, n, c)):
+        with pytest.raises(UserError, match=r"does not hold every state of rollout r1 \(4 tokens\)"):
+            read(np.array([3, 4]), GRID.size)
+        with pytest.raises(UserError, match="every row must have 7 cells"):
+            read(np.array([3, 2]), 7)
 
 
 def test_pieces_cover_all_rows_once_in_order():
@@ -283,8 +312,10 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Context:
     layout = Layout(tmp_path_factory.mktemp("results"), "tiny")
     tiny_experiment(layout)
     context = Context(Config.model_validate(CONFIG), layout, "")
-    for stage, name in [(values, "train"), (values, "test-many"), (introspection, "ziprc"), (introspection, "lite")]:
-        stage.run(replace(context, name=name))
+    for name in ("train", "test-many"):
+        values.run(replace(context, name=name))
+    for name in ("ziprc", "lite", *POOLS):
+        introspection.run(replace(context, name=name))
     baselines.run(replace(context, name="test"))
     evaluate.run(replace(context, name="metrics"))
     report.run(replace(context, name="report"))
@@ -301,6 +332,22 @@ def test_token_scores_equal_the_naive_full_forward(experiment: Context):
         chosen = log_probs[torch.arange(len(pairs[i].response)), torch.tensor(pairs[i].response)]
         assert np.allclose(scores.log_prob, chosen.numpy(), atol=1e-5)
         assert np.allclose(scores.entropy, -(log_probs.exp() * log_probs).sum(-1).numpy(), atol=1e-5)
+
+
+def test_one_pass_of_the_body_gives_joint_and_scores(experiment: Context, monkeypatch: pytest.MonkeyPatch):
+    reader = JointReader.open(experiment.layout.checkpoint("ziprc"))
+    pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
+    joints = reader.joints(pairs, 1000)
+    scores = dict(token_scores(reader.model, text_rows(experiment.layout.checkpoint("ziprc")), pairs, 1000, chunk=3))
+    passes = []
+    body = readout.body_states
+    monkeypatch.setattr(readout, "body_states", lambda *a: passes.append(1) or body(*a))
+    found = reader.readings(pairs, 1000, chunk=2)
+    assert len(passes) == 1
+    for i, one in enumerate(found):
+        assert np.array_equal(one.joint, joints[i])
+        assert np.allclose(one.log_prob, scores[i].log_prob, atol=1e-5)
+        assert np.allclose(one.entropy, scores[i].entropy, atol=1e-5)
 
 
 def test_drift_is_zero_at_equal_weights_and_equals_the_naive_kl_otherwise(experiment: Context):
@@ -367,11 +414,27 @@ def test_pass_at_1_is_paired_on_common_prompts():
     assert record["difference"]["value"] == 0.25
 
 
+def test_pass_at_1_weighs_every_prompt_alike_whatever_the_samples_of_either_side():
+    def outcomes(rates: dict[str, list[float]]) -> Outcomes:
+        score = np.concatenate([np.array(s, float) for s in rates.values()])
+        group = np.repeat(np.arange(len(rates)), [len(s) for s in rates.values()])
+        n = len(score)
+        rows = np.arange(n)
+        ids = pa.array([str(i) for i in rows])
+        return Outcomes(ids, pa.array(list(rates)), group, rows, np.ones(n, int), np.ones(n, bool), score, 0)
+
+    few = outcomes({"a": [1, 0], "b": [0, 0], "c": [1, 1]})
+    many = outcomes({"b": [1, 0, 0, 0, 0, 0], "a": [1, 1, 1, 1, 0, 0]})  # a pool of the first two prompts only
+    record = policy_record(few, many, 50, 0, 0.95)
+    assert record["prompts"] == 2 and record["base"]["value"] == 0.25
+    assert record["ziprc"]["value"] == pytest.approx((1 / 6 + 4 / 6) / 2, abs=1e-4)
+    assert record["difference"]["value"] == pytest.approx(5 / 12 - 0.25, abs=1e-4)
+
+
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
 def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: Context):
-    from ziprc.evaluation.states import JointReader
     from ziprc.stages.values import score_rollouts
     from ziprc.training.packing import prompt_fold
 
@@ -407,6 +470,22 @@ def test_introspection_holds_every_labelled_state_in_order(experiment: Context):
     wanted = [(r["rollout_id"], j) for r in rollouts.to_pylist() for j in range(len(r["response_token_ids"]))]
     assert list(zip(table["rollout_id"].to_pylist(), table["position"].to_pylist(), strict=True)) == wanted
     assert {len(joint) for joint in table["joint"].to_pylist()} == {GRID.size}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_pool_is_read_by_the_head_that_sampled_it(experiment: Context, pool: str):
+    layout = experiment.layout
+    rollouts = read_table(layout.table("rollouts", pool), "rollouts")
+    pairs = token_pairs(rollouts)
+    lengths = np.array([len(pair.response) for pair in pairs])
+    found = read_all(layout.table("introspection", pool), rollouts["rollout_id"].combine_chunks(), lengths, GRID.size)
+    own = JointReader.open(layout.checkpoint("ziprc")).readings(pairs, 4096, 64)
+    for name in ("joint", "log_prob", "entropy"):
+        wanted = np.concatenate([getattr(one, name) for one in own])
+        assert np.allclose(getattr(found, name), wanted, atol=1e-3)  # float16 cells
+    parents = read_json(manifest_of(layout.table("introspection", pool)))["parents"]
+    assert parents["rollouts"] == digest_file(manifest_of(layout.table("rollouts", pool)))
+    assert parents["checkpoint"] == digest_file(manifest_of(layout.checkpoint("ziprc")))
 
 
 def test_introspection_is_the_same_file_again_and_hardly_depends_on_the_batch(experiment: Context):

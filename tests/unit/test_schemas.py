@@ -12,6 +12,8 @@ import pytest
 from ziprc.errors import UserError
 from ziprc.schemas import SCHEMAS, check_table, make_table, read_table, write_table
 
+NAN = float("nan")
+
 
 def grade(number: int, **changes: Any) -> dict[str, Any]:
     row = {"rollout_id": f"r{number}", "grader": "exact", "score": 1.0, "status": "graded"}
@@ -118,6 +120,19 @@ def test_a_response_has_at_least_one_token() -> None:
     row |= {"response_text": "", "finish_reason": "stop", "thinking": True, "policy": "base", "response_token_ids": []}
     with pytest.raises(UserError, match="'response_token_ids', rows 0: a response has at least one token"):
         check_table(make_table("rollouts", [row]), SCHEMAS["rollouts"], "x")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("log_prob", 0.1), ("log_prob", -float("inf")), ("log_prob", NAN), ("entropy", -0.1), ("entropy", NAN)],
+)
+def test_what_cannot_be_a_log_probability_or_an_entropy_is_refused(column: str, value: float) -> None:
+    row = {"rollout_id": "a", "position": 0, "expected_reward": 0.5, "expected_remaining": 3.0, "joint": [0.5, 0.5]}
+    good = row | {"log_prob": 0.0, "entropy": 0.0}
+    bad = row | {"log_prob": -1.0, "entropy": 1.0, "position": 1, column: value}
+    check_table(make_table("introspection", [good]), SCHEMAS["introspection"], "x")
+    with pytest.raises(UserError, match=f"column '{column}', rows 1: an? .* is finite and at"):
+        check_table(make_table("introspection", [good, bad]), SCHEMAS["introspection"], "x")
 
 
 def test_an_empty_table_is_well_formed() -> None:

@@ -62,6 +62,15 @@ def test_one_artifact_plans_only_its_chain(tmp_path: Path) -> None:
     assert planned == {"prompts", "base", "rollouts", "grades"}
 
 
+def test_a_pool_is_sampled_by_the_head_and_read_back(tmp_path: Path) -> None:
+    plan = dry_run(tmp_path, "smoke", "results/smoke/introspection/validation-ziprc.parquet")
+    jobs = re.findall(r"^Job \d+: (.*)$", plan, re.M)
+    assert "prompts: what is asked, split validation of smoke" in jobs
+    assert "rollouts: responses for validation-ziprc of smoke" in jobs
+    assert "train_joint: the joint head ziprc of smoke" in jobs
+    assert not any(re.search(r"\btest\b", job) for job in jobs)
+
+
 def test_one_word_names_rule_stage_section_and_log() -> None:
     rules = set(RULES) - {"all"}
     stages = {path.stem for path in (ROOT / "ziprc" / "stages").glob("*.py")} - {"__init__", "context"}

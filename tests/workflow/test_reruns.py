@@ -45,6 +45,18 @@ def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> No
     assert not any(job.startswith(("base:", "train_joint", "rollouts: responses for train")) for job in jobs)
 
 
+def test_the_validation_side_is_the_pool_alone(built: Workplace) -> None:
+    jobs = built.planned("prompts.validation=20")
+    assert stages(jobs) == {"prompts", "rollouts", "grades", "introspection"}
+    assert all("validation" in job for job in jobs)
+
+
+def test_a_larger_pool_reruns_the_pools_and_what_is_read_from_them(built: Workplace) -> None:
+    jobs = built.planned("rollouts.pool_samples=4")
+    assert stages(jobs) == {"rollouts", "grades", "introspection", "evaluate", "report"}
+    assert all("validation-ziprc" in job or "test-ziprc" in job for job in jobs if job[:4] not in ("eval", "repo"))
+
+
 def test_a_deleted_artifact_is_rebuilt_alone_and_comes_out_the_same(workplace: Workplace) -> None:
     victim = workplace.home / "grades" / "train.parquet"
     before = digest_file(victim)

@@ -1,7 +1,8 @@
 """Full-vocabulary quantities at every labelled state, never more than a chunk of logits at a time.
 
-Log-probability of the sampled token and entropy for the honest baselines; the exact KL(reference ‖ model) outside the
-reserved slice for the drift. The slice never takes part in a softmax here, as it is masked when tokens are sampled.
+Log-probability of the sampled token and entropy, for the honest baselines and, beside the joint and from the same
+forward pass, for adaptive samplers; the exact KL(reference ‖ model) outside the reserved slice for the drift. The slice
+never takes part in a softmax over tokens here, as it is masked when tokens are sampled; temperature is 1.
 Shapes: N labelled states of a batch, D hidden, V rows.
 """
 
@@ -15,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ziprc.joint.readout import TokenPair, labelled_states
+from ziprc.joint.checkpoint import JointHead
+from ziprc.joint.readout import TokenPair, joint_probabilities, labelled_states, slice_weight, split_by_rollout
 from ziprc.joint.vocabulary import VocabLayout
 
 
@@ -28,6 +30,15 @@ class TokenScores:
     states: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Of one rollout: joint [m, R·L], and log-probability and entropy [m] as in TokenScores."""
+
+    joint: NDArray[np.float32]
+    log_prob: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+
+
 @torch.inference_mode()
 def token_scores(
     model: PreTrainedModel, text_rows: int, pairs: Sequence[TokenPair], token_budget: int, chunk: int
@@ -35,13 +46,33 @@ def token_scores(
     """Yield (index into `pairs`, scores) in the order of the batches."""
     weight = model.get_output_embeddings().weight[:text_rows]
     for batch, rows in labelled_states(model, pairs, token_budget):
-        states = torch.cat(rows)
-        tokens = torch.cat([torch.tensor(pairs[i].response) for i in batch]).to(states.device)
-        parts = [_score_chunk(s, weight, t) for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)]
-        log_prob, entropy = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-        ends = np.cumsum([len(row) for row in rows])[:-1]
-        for i, lp, h, row in zip(batch, np.split(log_prob, ends), np.split(entropy, ends), rows, strict=True):
+        log_prob, entropy = _score_batch(rows, [pairs[i].response for i in batch], weight, chunk)
+        for i, lp, h, row in zip(batch, log_prob, entropy, rows, strict=True):
             yield i, TokenScores(lp, h, row)
+
+
+@torch.inference_mode()
+def read_everything(
+    model: PreTrainedModel, joint: JointHead, pairs: Sequence[TokenPair], token_budget: int, chunk: int
+) -> Iterator[tuple[int, Reading]]:
+    """Yield (index into `pairs`, reading) in the order of the batches, from one pass of the body."""
+    text, reserved = model.get_output_embeddings().weight[: joint.layout.text_size], slice_weight(model, joint).float()
+    for batch, rows in labelled_states(model, pairs, token_budget):
+        log_prob, entropy = _score_batch(rows, [pairs[i].response for i in batch], text, chunk)
+        joints = joint_probabilities(rows, reserved)
+        for i, p, lp, h in zip(batch, joints, log_prob, entropy, strict=True):
+            yield i, Reading(p, lp, h)
+
+
+def _score_batch(
+    rows: Sequence[torch.Tensor], responses: Sequence[Sequence[int]], weight: torch.Tensor, chunk: int
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
+    """Log-probabilities and entropies [m] of every rollout of a batch, from its states [m, D]."""
+    states = torch.cat(list(rows))
+    tokens = torch.cat([torch.tensor(response) for response in responses]).to(states.device)
+    parts = [_score_chunk(s, weight, t) for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)]
+    log_prob, entropy = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return split_by_rollout(log_prob, rows), split_by_rollout(entropy, rows)
 
 
 def _score_chunk(states: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

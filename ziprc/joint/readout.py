@@ -81,6 +81,15 @@ def read_joint(
     """Yield (index into `pairs`, joint [m, R·L] float32) for every rollout, in the order of the batches."""
     weight = slice_weight(model, joint).float()
     for batch, rows in labelled_states(model, pairs, token_budget):
-        probabilities = torch.softmax(torch.cat(rows).float() @ weight.T, -1).cpu().numpy()
-        ends = np.cumsum([len(row) for row in rows])
-        yield from zip(batch, np.split(probabilities, ends[:-1]), strict=True)
+        yield from zip(batch, joint_probabilities(rows, weight), strict=True)
+
+
+def joint_probabilities(rows: Sequence[torch.Tensor], weight: torch.Tensor) -> list[NDArray[np.float32]]:
+    """Joint [m, R·L] float32 of every rollout of a batch, from its states [m, D] and the slice [R·L, D] in float32."""
+    probabilities = torch.softmax(torch.cat(list(rows)).float() @ weight.T, -1).cpu().numpy()
+    return split_by_rollout(probabilities, rows)
+
+
+def split_by_rollout(values: NDArray[np.float32], rows: Sequence[torch.Tensor]) -> list[NDArray[np.float32]]:
+    """Cut what was computed for all states of a batch, [N, …], into one array per rollout."""
+    return np.split(values, np.cumsum([len(row) for row in rows])[:-1])

@@ -16,7 +16,7 @@ from typing import Any
 
 from ziprc.artifacts import output_lock, write_manifest
 from ziprc.chat import visible_answer
-from ziprc.config import Config, Judge, Sampling, params_of
+from ziprc.config import Config, Judge, Sampling, params_of, prompts_of
 from ziprc.engines.base import make_engine, settings_for
 from ziprc.errors import UserError
 from ziprc.rewards.base import Decision, Grade, Grader, Question, decide, lacks_answer, ungraded
@@ -155,7 +155,7 @@ def grade(config: Config, rollouts: Sequence[Row], prompts: Mapping[str, Row], s
 
 def run(context: Context) -> str:
     config, layout = context.config, context.layout
-    source = layout.table("prompts", "train" if context.name == "train" else "test")
+    source = layout.table("prompts", prompts_of(context.name))
     facts, target = layout.table("rollouts", context.name), layout.table("grades", context.name)
 
     prompts = {row["prompt_id"]: row for row in read_table(source, "prompts").to_pylist()}

@@ -1,24 +1,32 @@
-"""introspection: the joint of one checkpoint (`ziprc`, `lite`) at every labelled state of the test rollouts."""
+"""introspection: the joint of one checkpoint at every labelled state, and how likely the emitted token was there.
+
+`ziprc` and `lite` read rollouts/test with that head, to judge its predictions. `validation-ziprc` and `test-ziprc` read
+the pool of that name with the head that sampled it: what an adaptive sampler would have seen, for its replay.
+"""
 
 from __future__ import annotations
 
 from ziprc.artifacts import output_lock, require_space, write_manifest
-from ziprc.config import params_of
+from ziprc.config import introspected, params_of
 from ziprc.evaluation.outcomes import response_lengths
 from ziprc.evaluation.states import JointReader, write_states
 from ziprc.schemas import read_table
 from ziprc.stages.context import Context, run_stage
 
+SCALAR_BYTES = 20  # five numbers beside the joint
+
 
 def run(context: Context) -> str:
     config, layout = context.config, context.layout
     target = layout.table("introspection", context.name)
-    source, checkpoint = layout.table("rollouts", "test"), layout.checkpoint(context.name)
+    pool, head = introspected(context.name)
+    source, checkpoint = layout.table("rollouts", pool), layout.checkpoint(head)
     rollouts = read_table(source, "rollouts")
     reader = JointReader.open(checkpoint, config.introspection.dtype)
-    require_space(target.parent, int(response_lengths(rollouts).sum()) * reader.joint.grid.size * 2)
+    per_state = 2 * reader.joint.grid.size + SCALAR_BYTES
+    require_space(target.parent, int(response_lengths(rollouts).sum()) * per_state)
     with output_lock(target):
-        states = write_states(target, rollouts, reader, config.runtime.forward_tokens)
+        states = write_states(target, rollouts, reader, config.runtime.forward_tokens, config.runtime.position_chunk)
         write_manifest(
             target, params_of(config, "introspection", context.name), {"rollouts": source, "checkpoint": checkpoint}
         )

@@ -1,4 +1,7 @@
-"""prompts: what is asked, for the splits `train` and `test`. The only stage, with `base`, that may touch the network."""
+"""prompts: what is asked, for the splits `train`, `validation` and `test`.
+
+The only stage, with `base`, that may touch the network.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """rollouts: sample responses from a policy. Facts only: what was asked, what came out, why it ended.
 
 `train` and `test` are sampled from `checkpoints/base`; `test-many` gives the first test prompts many rollouts, for the
-empirical joint; `test-<checkpoint>` samples the test prompts from that checkpoint, with the seeds of `test`, so that drift
-is a paired comparison. Seeds follow from (run seed, prompt, thinking, index). Shards and workers: engines/sharding.py.
+empirical joint; `test-<checkpoint>` samples the test prompts from that checkpoint. `validation-ziprc` and `test-ziprc` are
+pools: `pool_samples` recorded responses per prompt, on which adaptive samplers are replayed. Seeds follow from (run seed,
+prompt, thinking, index) and not from the policy, so that drift is a paired comparison. Shards: engines/sharding.py.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from ziprc.artifacts import (
     write_manifest,
 )
 from ziprc.chat import prompt_token_ids
-from ziprc.config import Config, head_names, params_of
+from ziprc.config import POOLS, Config, head_names, params_of, policy_of, prompts_of
 from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
 from ziprc.errors import UserError, nearest
 from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
 from ziprc.schemas import FinishReason, read_table, write_table
 from ziprc.stages.context import Context, run_stage
+
+Samples = tuple[tuple[bool, int], ...]  # (with thinking?, how many)
 
 BYTES_PER_TOKEN = 6  # of id and text, compressed, in the shards and in the merged table
 
@@ -45,22 +48,24 @@ class Plan:
     prompts: str
     limit: int | None
     policy: str
-    samples: tuple[tuple[bool, int], ...]
+    samples: Samples
 
 
 def plan_of(config: Config, name: str) -> Plan:
     """The plan of a table name; UserError naming the known ones."""
     own = config.rollouts
-    test = ((own.test_thinking, own.test_samples),)
-    plans = {
-        "train": Plan("train", None, "base", ((True, own.thinking_samples), (False, own.non_thinking_samples))),
-        "test": Plan("test", None, "base", test),
-        "test-many": Plan("test", own.many_prompts, "base", ((own.test_thinking, own.many_samples),)),
-        **{f"test-{head}": Plan("test", None, head, test) for head in head_names(config)},
+    thinking = own.test_thinking
+    counts: dict[str, tuple[int | None, Samples]] = {
+        "train": (None, ((True, own.thinking_samples), (False, own.non_thinking_samples))),
+        **{f"test-{head}": (None, ((thinking, own.test_samples),)) for head in head_names(config)},
+        "test": (None, ((thinking, own.test_samples),)),
+        "test-many": (own.many_prompts, ((thinking, own.many_samples),)),
+        **{pool: (own.pool_prompts, ((thinking, own.pool_samples),)) for pool in POOLS},
     }
-    if name not in plans:
-        raise UserError(f"There is no rollouts table '{name}'{nearest(name, plans)}.")
-    return plans[name]
+    if name not in counts:
+        raise UserError(f"There is no rollouts table '{name}'{nearest(name, counts)}.")
+    limit, samples = counts[name]
+    return Plan(prompts_of(name), limit, policy_of(config, name), samples)
 
 
 def wanted_of(prompt: dict[str, Any], plan: Plan, tokenizer: Any, seed: int) -> Iterator[Wanted]:
