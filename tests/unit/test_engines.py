@@ -73,8 +73,8 @@ def make_world(root: Path) -> Layout:
 
 
 def make_config(**runtime: int) -> Config:
-    own = dict(engine="hf", max_model_len=128, max_new_tokens=24, test_samples=3, pool_samples=3, shard_prompts=2, thinking_samples=2,
-               non_thinking_samples=1, many_prompts=2, many_samples=5)  # fmt: skip
+    own = dict(engine="hf", max_model_len=128, max_new_tokens=24, test_samples=3, pool_samples=3,
+               shard_prompts=2, thinking_samples=2, non_thinking_samples=1, many_prompts=2, many_samples=5)  # fmt: skip
     return Config.model_validate({"rollouts": own, "runtime": runtime})
 
 

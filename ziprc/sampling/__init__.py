@@ -1,0 +1,1 @@
+"""Adaptive sampling: how much more to spend, and on what."""
