@@ -1,12 +1,16 @@
 """Small real objects for tests: a random Qwen3 with a byte-level tokenizer, and the tables of a tiny experiment.
 
 `tiny_checkpoint` makes a model folder in a second; `tiny_experiment` writes prompts, rollouts and grades whose success
-depends on the prompt and shows in the response, so that predictors have something to find.
+depends on the prompt and shows in the response, so that predictors have something to find. `ScriptedSession` is an
+engine under live control without a model: what it says is a hash of the text.
 """
 
 from __future__ import annotations
 
+import hashlib
 import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from ziprc.artifacts import Layout, write_manifest
 from ziprc.chat import CHATML_TEMPLATE, prompt_token_ids
+from ziprc.engines.base import Request, Step, check_request
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, save_checkpoint
 from ziprc.joint.vocabulary import derive_layout
-from ziprc.schemas import make_table, write_table
+from ziprc.schemas import FinishReason, make_table, write_table
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 8, 16, 32, 64))
@@ -77,7 +82,7 @@ def _response(rng: np.random.Generator, good: bool, steps: int, answer: int) -> 
 def tiny_tables(
     layout: Layout, split: str, prompts: int, samples: int, seed: int = 0, unfinished: float = 0.05
 ) -> None:
-    """Write rollouts and grades of a split, and its prompts unless it is a variant of one (`test-many`)."""
+    """Write rollouts and grades of a split, and its prompts unless it is a variant of one (`test-many`, a pool)."""
     rng = np.random.default_rng([seed, len(split), *split.encode()])
     tokenizer = tiny_tokenizer()
     stem = split.partition("-")[0]
@@ -123,4 +128,126 @@ def tiny_experiment(layout: Layout, folds: int = 2) -> None:
     tiny_tables(layout, "train", prompts=30, samples=4)
     tiny_tables(layout, "test", prompts=12, samples=8)
     tiny_tables(layout, "test-many", prompts=6, samples=16)
-    tiny_tables(layout, "test-ziprc", prompts=12, samples=8)
+    tiny_tables(layout, "test-ziprc", prompts=12, samples=10)
+    tiny_tables(layout, "validation-ziprc", prompts=5, samples=6)
+
+
+STOP_TOKEN, FIRST_RESPONSE_TOKEN = 1, 1000  # tokens of prompts lie between
+CELLS = 8
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a scripted engine says.
+
+    Tokens and readings are hashes of the text. Two responses differ because the first token of a response hangs on the
+    seed too; with `seeded` every token does, so that a resumed response goes another way. `seats` requests are served at a
+    time, each with probability `pace` per step.
+    """
+
+    stop: float = 0.05  # chance of the stop token
+    seats: int = 1 << 30
+    pace: float = 1.0
+    seeded: bool = True
+    log_prob: float | None = None  # of every token; None: a hash too
+    max_model_len: int = 1 << 20
+    block: int = 4  # tokens of a prompt that are cached together
+
+
+@dataclass
+class _Scripted:
+    """One request in flight; `state` has been fed the text so far."""
+
+    request: Request
+    state: Any
+    emitted: int = 0
+    log_prob: float = 0.0
+    cached: int = 0
+
+
+def _uniforms(state: Any, *salt: int) -> np.ndarray:
+    """[16] numbers in (0, 1) that hang on all that `state` has been fed, and on the salt."""
+    own = state.copy()
+    own.update(np.array(salt, np.int64).tobytes())
+    return (np.frombuffer(own.digest(), np.uint32) + 0.5) / 2.0**32
+
+
+class ScriptedSession:
+    """A `Session` without a model, which remembers what it was asked and what it emitted. `fail` is called every step."""
+
+    def __init__(self, script: Script, seed: int = 0, fail: Callable[[ScriptedSession], None] | None = None) -> None:
+        self.script, self.fail = script, fail
+        self.rng = np.random.default_rng(seed)
+        self.rows: dict[str, _Scripted] = {}
+        self.requests: dict[str, Request] = {}
+        self.emitted: dict[str, list[int]] = {}
+        self.computed: dict[str, int] = {}  # prompt tokens that were not cached
+        self.known: set[tuple[int, ...]] = set()  # texts whose blocks are cached
+        self.closed = False
+
+    def add(self, request: Request) -> None:
+        assert not self.closed and request.key not in self.requests, "a runner uses each key once"
+        check_request(request, self.rows, self.script.max_model_len)
+        state = hashlib.blake2b(np.array(request.prompt_token_ids, np.int64).tobytes(), digest_size=64)
+        self.rows[request.key] = _Scripted(request, state)
+        self.requests[request.key] = request
+        self.emitted[request.key] = []
+
+    def abort(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self.rows.pop(key, None)
+
+    def close(self) -> None:
+        self.rows.clear()
+        self.closed = True
+
+    def step(self) -> Step | None:
+        assert not self.closed
+        if self.fail is not None:
+            self.fail(self)
+        seated = list(self.rows.values())[: self.script.seats]
+        served = [row for row in seated if self.rng.random() < self.script.pace] or seated[:1]
+        if not served:
+            return None
+        rows = [self._emit(row) for row in served]
+        token_ids, position, finish, joint, log_prob, entropy, cached = zip(*rows, strict=True)
+        return Step(
+            keys=[row.request.key for row in served],
+            token_ids=np.array(token_ids, np.int32),
+            position=np.array(position, np.int32),
+            finish=list(finish),
+            joint=np.array(joint, np.float32),
+            log_prob=np.array(log_prob, np.float32),
+            entropy=np.array(entropy, np.float32),
+            cached=np.array(cached, np.int32),
+        )
+
+    def _emit(self, row: _Scripted) -> tuple[Any, ...]:
+        """One row of a step."""
+        request, position = row.request, row.emitted
+        if position == 0:
+            row.cached = self._cached(request.prompt_token_ids)
+            self.computed[request.key] = len(request.prompt_token_ids) - row.cached
+        said = _uniforms(row.state, 0)
+        joint = np.maximum(said[:CELLS], 0.01) ** 3
+        first = position == 0 and request.prompt_token_ids[-1] < FIRST_RESPONSE_TOKEN
+        drawn = _uniforms(row.state, 1, *((request.seed, position) if first or self.script.seeded else ()))
+        stops = drawn[0] < self.script.stop and not first
+        token = STOP_TOKEN if stops else FIRST_RESPONSE_TOKEN + int(drawn[1] * 1e6)
+        log_prob, row.log_prob = row.log_prob, self._log_prob(row.state, token)
+        row.state.update(np.array([token], np.int64).tobytes())
+        row.emitted += 1
+        self.emitted[request.key].append(token)
+        capped = row.emitted >= request.max_new_tokens
+        finish = FinishReason.STOP if stops else FinishReason.LENGTH if capped else None
+        if finish is not None:
+            del self.rows[request.key]
+        self.known.add((*request.prompt_token_ids, *self.emitted[request.key]))
+        return token, position, finish, joint / joint.sum(), log_prob, 3 * said[CELLS], row.cached
+
+    def _log_prob(self, state: Any, token: int) -> float:
+        return float(-3 * _uniforms(state, 2, token)[0] ** 2) if self.script.log_prob is None else self.script.log_prob
+
+    def _cached(self, prompt: tuple[int, ...]) -> int:
+        """Whole blocks, and never the last token."""
+        return (len(prompt) - 1) // self.script.block * self.script.block if prompt in self.known else 0
