@@ -265,6 +265,83 @@ rule baselines:
         RUN + "{wildcards.name} > {log} 2>&1"
 
 
+rule calibration:
+    input:
+        prompts=manifest("prompts", "validation"),
+        rollouts=manifest("rollouts", "validation-{name}"),
+        grades=manifest("grades", "validation-{name}"),
+        introspection=manifest("introspection", "validation-{name}"),
+        checkpoint=checkpoint_manifest("{name}"),
+    output:
+        file=update(f"{HOME}/checkpoints/{{name}}/calibration.json"),
+        manifest=update(f"{HOME}/checkpoints/{{name}}/calibration.manifest.json"),
+    log:
+        f"{HOME}/logs/calibration-{{name}}.log",
+    benchmark:
+        f"{HOME}/benchmarks/calibration-{{name}}.tsv"
+    resources:
+        mem_mb=runtime("mem_mb"),
+        runtime=runtime("runtime_min"),
+    params:
+        section=section("calibration"),
+        code=code("calibration"),
+    message:
+        "calibration: what samplers of {wildcards.name} need, fitted on validation prompts, {wildcards.experiment}"
+    shell:
+        RUN + "{wildcards.name} > {log} 2>&1"
+
+
+rule frontier:
+    input:
+        prompts=[manifest("prompts", n) for n in ("validation", "test")],
+        rollouts=[manifest("rollouts", n) for n in settings.POOLS],
+        grades=[manifest("grades", n) for n in settings.POOLS],
+        introspection=[manifest("introspection", n) for n in settings.POOLS],
+        calibration=f"{HOME}/checkpoints/ziprc/calibration.manifest.json",
+    output:
+        record=update(f"{HOME}/frontier.json"),
+        manifest=update(f"{HOME}/frontier.manifest.json"),
+    log:
+        f"{HOME}/logs/frontier-frontier.log",
+    benchmark:
+        f"{HOME}/benchmarks/frontier-frontier.tsv"
+    resources:
+        mem_mb=runtime("mem_mb"),
+        runtime=runtime("runtime_min"),
+    params:
+        section=section("frontier", "frontier"),
+        code=code("frontier"),
+    message:
+        "frontier: accuracy against tokens of all samplers, {wildcards.experiment}"
+    shell:
+        RUN + "frontier > {log} 2>&1"
+
+
+rule samples:
+    input:
+        prompts=manifest("prompts", "test"),
+        checkpoint=checkpoint_manifest("ziprc"),
+        calibration=f"{HOME}/checkpoints/ziprc/calibration.manifest.json",
+        frontier=f"{HOME}/frontier.manifest.json",
+    output:
+        **table("samples"),
+    log:
+        f"{HOME}/logs/samples-{{name}}.log",
+    benchmark:
+        f"{HOME}/benchmarks/samples-{{name}}.tsv"
+    resources:
+        mem_mb=runtime("mem_mb"),
+        runtime=runtime("runtime_min"),
+        gpus=runtime("gpus"),
+    params:
+        section=section("samples"),
+        code=code("samples"),
+    message:
+        "samples: adaptive sampling live, {wildcards.name} of {wildcards.experiment}"
+    shell:
+        RUN + "{wildcards.name} > {log} 2>&1"
+
+
 def heads(w):
     return ["ziprc"] + (["lite"] if resolved(w.experiment).train_joint.lite else [])
 
@@ -303,7 +380,12 @@ rule evaluate:
 
 rule report:
     input:
-        f"{HOME}/metrics.manifest.json",
+        metrics=f"{HOME}/metrics.manifest.json",
+        frontier=f"{HOME}/frontier.manifest.json",
+        samples=lambda w: [
+            manifest("samples", policy)
+            for policy in resolved(w.experiment).samples.policies
+        ],
     output:
         page=report(update(f"{HOME}/report.html"), category="report"),
         manifest=update(f"{HOME}/report.manifest.json"),

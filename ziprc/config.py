@@ -111,13 +111,15 @@ class Grades(Section):
     judge: Judge | None = None
 
 
+Unit = Annotated[float, Field(ge=0, le=1)]
+
+
 def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
     if any(a >= b for a, b in pairwise(values)):
         raise ValueError("must increase strictly")
     return values
 
 
-Unit = Annotated[float, Field(ge=0, le=1)]
 Increasing = AfterValidator(_increasing)
 
 
@@ -193,6 +195,46 @@ class Baselines(Section):
     window: int = Field(8, ge=1, description="tokens of the windowed log-probability")
 
 
+class Calibration(Section):
+    """What is fitted on validation prompts for the samplers. Its data are the pool `validation-ziprc`."""
+
+
+class Frontier(Section):
+    """Replays of samplers. Each family's settings are chosen on validation prompts at every budget."""
+
+    budgets: Annotated[tuple[float, ...], Field(min_length=1), Increasing] = (1.5, 2, 3, 4, 6, 8, 12, 16)
+    orders: int = Field(2, ge=1, description="orders in which the test pool is replayed; half of it for validation")
+    branches: int = Field(24, ge=1, description="most branches of one prompt; the size of the pool is a limit too")
+    prices: int = Field(10, ge=2, description="settings of zip-rc-plus, from the highest to the lowest price")
+    highest_price: float = Field(0.03, gt=0, description="probability of a right answer per token")
+    lowest_price: float = Field(2e-5, gt=0)
+    intervals: Annotated[tuple[int, ...], Field(min_length=1), Increasing] = (8, 16)
+    alphas: tuple[Unit, ...] = (0.1, 1.0)
+    betas: tuple[Annotated[float, Field(ge=0)], ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    published_samples: int = Field(8, ge=1, description="most samples of the published policy")
+    window: int = Field(16, ge=1, description="readings of the joint that are averaged, where smoothing is tried")
+    calibrated: bool = Field(False, description="whether the published policy reads the calibrated joint")
+    cost_alpha: Unit = Field(0.1, description="of the paper's normalised cost")
+    bootstrap: int = Field(1000, ge=10)
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+
+class Samples(Section):
+    """Live runs on the engine, with the settings that `frontier` chose."""
+
+    policies: tuple[str, ...] = ("zip-rc-plus", "zip-rc-plus-branching", "zip-rc", "majority")
+    budgets: Annotated[tuple[float, ...], Field(min_length=1), Increasing] = (2, 4)
+    majority_budgets: Annotated[tuple[float, ...], Field(min_length=1), Increasing] = Field(
+        (2, 4, 16), description="of the plain vote, which needs more for the same accuracy"
+    )
+    prompts: int | None = Field(None, ge=1, description="the first test prompts; empty: all")
+    branches: int = Field(24, ge=1, description="most branches of one prompt")
+    max_tokens: int | None = Field(None, ge=2, description="most tokens of one prompt, a hard limit")
+    max_latency: int | None = Field(None, ge=2, description="most serial decoding steps of one prompt, a hard limit")
+    in_flight: int = Field(256, ge=1, description="prompts at a time")
+    one_at_a_time: int = Field(0, ge=0, description="prompts that are also timed alone, one after the other")
+
+
 class Evaluate(Section):
     """What the numbers mean. Intervals are bootstrapped over prompts."""
 
@@ -241,6 +283,9 @@ SCIENCE = (
     "values",
     "introspection",
     "baselines",
+    "calibration",
+    "frontier",
+    "samples",
     "evaluate",
     "report",
 )
@@ -258,6 +303,9 @@ class Config(Section):
     values: Values = Values()
     introspection: Introspection = Introspection()
     baselines: Baselines = Baselines()
+    calibration: Calibration = Calibration()
+    frontier: Frontier = Frontier()
+    samples: Samples = Samples()
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
     runtime: Runtime = Runtime()
@@ -442,6 +490,10 @@ def params_of(config: Config, stage: str, name: str) -> dict[str, Any]:
             "settings": prompts.settings,
             "count": getattr(prompts, name),
         }
+    if stage == "samples":
+        sampling = science(config, "rollouts")
+        shared = {key: sampling[key] for key in ("engine", "sampling", "max_model_len", "max_new_tokens", "dtype")}
+        return {**science(config, "samples"), **shared, "test_thinking": sampling["test_thinking"], "policies": name}
     if stage == "base" and config.base.model == "scratch":
         return {**science(config, "base"), "task": prompts.task, "settings": prompts.settings}
     return science(config, stage)

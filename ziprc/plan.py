@@ -18,9 +18,11 @@ def artifact_names(config: Config, layout: Layout) -> list[str]:
         *(("values", n) for n in ("train", "test-many")),
         *(("introspection", n) for n in (*final, *POOLS)),
         ("baselines", "test"),
+        *(("samples", policy) for policy in config.samples.policies),
     ]
     files: list[Path] = [manifest_of(layout.checkpoint(name)) for name in ("base", *head_names(config))]
-    for artifact in (*(layout.table(*t) for t in tables), layout.home / "metrics.json", layout.home / "report.html"):
+    single = [layout.home / name for name in ("frontier.json", "metrics.json", "report.html")]
+    for artifact in (*(layout.table(*t) for t in tables), layout.checkpoint("ziprc") / "calibration.json", *single):
         files += [artifact, manifest_of(artifact)]
     return [str(path) for path in files]
 

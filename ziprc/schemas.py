@@ -166,6 +166,40 @@ SCHEMAS: dict[str, TableSchema] = {
             rule=_log_prob_and_entropy_in_range,
         ),
         TableSchema(
+            "samples",
+            pa.schema(
+                [
+                    _column("prompt_id", pa.string()),
+                    _column("policy", pa.string()),
+                    _column("budget", pa.string()),
+                    _column("decision", pa.int32()),
+                    _column("step", pa.int32()),
+                    _column("branch_id", pa.int32()),
+                    _column("parent", pa.int32()),
+                    _column("fork", pa.int32()),
+                    _column("length", pa.int32()),
+                    _column("status", pa.string()),
+                    _column("action", pa.string()),
+                    _column("expected_reward", pa.float32(), null=True),
+                    _column("expected_remaining", pa.float32(), null=True),
+                    _column("tokens_spent", pa.int32()),
+                    _column("utility", pa.float32(), null=True),
+                    _column("signals", pa.list_(pa.float32())),
+                    _column("selected", pa.bool_()),
+                    _column("answer", pa.string(), null=True),
+                    _column("score", pa.float32(), null=True),
+                    _column("probability", pa.float32(), null=True),
+                    _column("prefill", pa.int32(), null=True),
+                ]
+            ),
+            key=("prompt_id", "budget", "decision", "branch_id"),
+            unit_range=("expected_reward", "score", "probability"),
+            choices={
+                "status": ("running", "paused", "finished"),
+                "action": ("start", "branch", "continue", "pause", "resume", "wait", "done", "stop"),
+            },
+        ),
+        TableSchema(
             "baselines",
             pa.schema(
                 [

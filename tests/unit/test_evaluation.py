@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.doubles import GRID, tiny_experiment
-from ziprc.artifacts import Layout, digest_file, manifest_of, read_json, write_json
+from ziprc.artifacts import Layout, digest_file, manifest_of, read_json, write_json, write_manifest
 from ziprc.config import POOLS, Config
 from ziprc.errors import UserError
 from ziprc.evaluation import dag, inspection
@@ -52,6 +53,8 @@ CONFIG = {
         "lite": {"label": "value", "reward_centres": list(GRID.reward_centres), "trainable": "slice"},
     },
 }
+POINT = {"accuracy": {"value": 0.7, "low": 0.6, "high": 0.8}, "tokens": 80.0}
+FRONTIER = {"budgets": {"2": 80.0}, "families": {"zip-rc-plus": {"points": {"2": POINT}}}}
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
@@ -318,6 +321,8 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Context:
         introspection.run(replace(context, name=name))
     baselines.run(replace(context, name="test"))
     evaluate.run(replace(context, name="metrics"))
+    write_json(layout.home / "frontier.json", FRONTIER)
+    write_manifest(layout.home / "frontier.json", {}, {})
     report.run(replace(context, name="report"))
     return context
 
@@ -546,6 +551,35 @@ def test_the_report_is_one_file_that_fetches_nothing(experiment: Context):
     assert "http" not in page
     assert "<script" not in page
     assert "@import" not in page
+
+
+def test_the_report_shows_adaptive_sampling_first(experiment: Context):
+    page = (experiment.layout.home / "report.html").read_text()
+    titles = re.findall("<h2>(.*?)</h2>", page)
+    assert titles[:3] == ["Adaptive sampling", "What the head knows", "What did not work, or cannot be told"]
+    assert "frontier" in read_json(manifest_of(experiment.layout.home / "report.html"))["parents"]
+
+
+def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
+    row = {
+        "prompt_id": "p", "policy": "zip-rc", "budget": "2", "decision": 0, "step": 31, "branch_id": 0, "parent": -1,
+        "fork": 0, "length": 31, "status": "finished", "action": "stop", "expected_reward": 0.5, "expected_remaining": 0.0,
+        "tokens_spent": 47, "utility": 0.1, "signals": [0.5], "selected": True, "answer": "7", "score": 1.0,
+        "probability": 0.75, "prefill": 9,
+    }  # fmt: skip
+    path = experiment.layout.table("samples", "zip-rc")
+    write_table(path, "samples", make_table("samples", [row]))
+    write_manifest(path, {}, {})
+    write_json(path.with_suffix(".timing.json"), {"2": {"together": {"total_s": 4.0, "deciding_s": 0.5}}})
+    report.run(replace(experiment, name="report"))
+    found = (
+        (experiment.layout.home / "report.html").read_text().partition("Live on the engine")[2].partition("</table>")[0]
+    )
+    cells = re.sub("<[^>]*>+", " ", found.partition("<tbody>")[2])
+    assert cells.split()[:5] == ["zip-rc", "2", "100.0", "100.0", "…"]
+    assert "47.0" in cells and "4.0 s" in cells and "12.5" in cells
+    assert "samples/zip-rc" in read_json(manifest_of(experiment.layout.home / "report.html"))["parents"]
+    shutil.rmtree(path.parent)
 
 
 def test_ids_in_the_report_are_unique(experiment: Context):

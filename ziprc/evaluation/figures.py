@@ -18,7 +18,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
+
+from ziprc.sampling.families import PLUS, PUBLISHED
 
 INK = "#010203"  # replaced by currentColor
 ACCENT = "#2f7fd1"
@@ -30,6 +33,11 @@ COLOURS = {
     "length": "#c0567f",
     "constant": "#8a8f98",
 }
+POLICIES = {PLUS: ACCENT, PUBLISHED: "#8f6fd6", "majority": "#d9822b"}  # the families that have a colour
+RIVAL = "#8a8f98"  # all others
+ENVELOPE = "#c0567f"  # the best of the competitors at each budget
+NEAR_EDGE = 0.9  # of the longest line: those that end before have no name beside them
+LABEL_GAP = 0.034  # of the height of the axes: nearer than that, labels at the ends of lines overlap
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -47,6 +55,11 @@ STYLE = {
 }
 
 
+def _slug(text: str) -> str:
+    """Text as a part of an id."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+
+
 def _svg(figure: Figure, name: str, title: str) -> str:
     """Inline SVG: ids made unique by `name`, no metadata, no fixed size, ink in the colour of the page's text."""
     buffer = io.StringIO()
@@ -59,7 +72,7 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'(?<= )id="|(?<=url\(#)|(?<=href="#)', lambda m: f"{m[0]}{name}-", text)  # ids are global in a page
     width = re.search(r'width="([0-9.]+)pt" height="[0-9.]+pt"', text)
     assert width is not None, "matplotlib's SVG has a size"
-    style = f'role="img" aria-label="{title}" style="width:100%;max-width:{float(width[1]) * 1.35:.0f}px;height:auto"'
+    style = f'role="img" aria-label="{title}" style="width:{float(width[1]) * 1.35:.0f}px;max-width:100%;height:auto"'
     return text.replace(width[0], style, 1).replace(INK, "currentColor")
 
 
@@ -76,7 +89,7 @@ def _bars(records: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
 
 
 def reliability(moment: str, curve: Sequence[Mapping[str, Any]], ece: Mapping[str, Any]) -> str:
-    """Observed against predicted score at one moment; areas of the dots show how many rollouts."""
+    """Observed against predicted score at one moment or budget; areas of the dots show how many rollouts."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(2.6, 2.5)
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.6, linestyle=(0, (4, 4)))
@@ -85,12 +98,13 @@ def reliability(moment: str, curve: Sequence[Mapping[str, Any]], ece: Mapping[st
         share = np.array([r["count"] for r in curve]) / max(sum(r["count"] for r in curve), 1)
         values = [r["value"] for r in y]
         axes.errorbar(x, values, yerr=_bars(y), fmt="none", ecolor=ACCENT, elinewidth=1)
-        axes.scatter(x, values, s=12 + 160 * share, color=ACCENT, zorder=3)
+        axes.scatter(x, values, s=12 + 160 * share, color=ACCENT, zorder=3, clip_on=False)
         axes.set(
             xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="observed", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
         )
-        axes.set_title(f"{moment}: ECE {ece['value']:.3f}", loc="left")
-    return _svg(figure, f"reliability-{moment.strip('%')}", f"Reliability at {moment}")
+        error = "" if ece["value"] is None else f": ECE {ece['value']:.3f}"
+        axes.set_title(f"{moment}{error}", loc="left")
+    return _svg(figure, f"reliability-{_slug(moment)}", f"Reliability at {moment}")
 
 
 def over_moments(metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> str:
@@ -126,6 +140,147 @@ def overview(target: Path, prediction: Mapping[str, Any], moments: Sequence[str]
         _lines(left, "auroc", "AUROC of the expected score, all responses", prediction, moments)
         _lines(right, "within_prompt_auroc", "among responses to one prompt", prediction, moments)
         figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.08))
+        figure.savefig(target, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Software": None})
+
+
+# --- adaptive sampling: the record of sampling_record.py -------------------------------------------------------------
+
+
+def in_order(record: Any) -> Any:
+    """The record with budgets and sizes rising, wherever they are keys: JSON files are sorted as text, 16 before 2."""
+    if not isinstance(record, Mapping):
+        return record
+    budgets = all(re.fullmatch(r"\d+(\.\d+)?", key) for key in record)
+    return {key: in_order(record[key]) for key in (sorted(record, key=float) if budgets else record)}
+
+
+def rivals(record: Mapping[str, Any]) -> list[str]:
+    """The competitors: every family but the shipped and the published policy."""
+    return [name for name in record["families"] if name not in (PLUS, PUBLISHED)]
+
+
+def accuracy_at(record: Mapping[str, Any], family: str, budget: str) -> float | None:
+    """Accuracy of a family at a budget; None when it cannot keep to it."""
+    point = record["families"].get(family, {}).get("points", {}).get(budget)
+    return None if point is None else point["accuracy"]["value"]
+
+
+def best_rivals(record: Mapping[str, Any]) -> dict[str, str]:
+    """The most accurate competitor at each budget, chosen with hindsight on the test prompts."""
+    out = {}
+    for budget in record["budgets"]:
+        found = {name: accuracy_at(record, name, budget) for name in rivals(record)}
+        known = {name: value for name, value in found.items() if value is not None}
+        if known:
+            out[budget] = max(known, key=lambda name: known[name])
+    return out
+
+
+def _one_sample(record: Mapping[str, Any]) -> float:
+    """Mean tokens of one sample."""
+    multiple, tokens = next(iter(record["budgets"].items()))
+    return float(tokens) / float(multiple)
+
+
+def _family_line(record: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+    """[4, n] by budget: tokens spent in samples' worth, accuracy in per cent, ends of its interval."""
+    rows = []
+    for point in record["families"][name]["points"].values():
+        value, low, high = (point["accuracy"][end] for end in ("value", "low", "high"))
+        if value is not None:
+            ends = (value, value) if low is None else (low, high)
+            rows.append((point["tokens"] / _one_sample(record), 100 * value, 100 * ends[0], 100 * ends[1]))
+    return np.array(rows, dtype=np.float64).reshape(-1, 4).T
+
+
+def _draw_rivals(axes: Axes, record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Thin grey lines; where each ends."""
+    ends = {}
+    for name in rivals(record):
+        x, y, *_ = _family_line(record, name)
+        if name not in POLICIES and len(x):
+            axes.plot(x, y, color=RIVAL, linewidth=0.7, alpha=0.6, zorder=1)
+            ends[name] = (x[-1], y[-1])
+    return ends
+
+
+def _draw_references(axes: Axes, record: Mapping[str, Any]) -> None:
+    """The oracle, dotted, and the envelope of the competitors, dashed."""
+    oracle = [(int(k), 100 * v) for k, v in record.get("oracle", {}).items() if v is not None]
+    if oracle:
+        axes.plot(*zip(*oracle, strict=True), color=INK, linewidth=1, linestyle=":", label="oracle: best of k")
+    best = [(float(k), 100 * (accuracy_at(record, name, k) or 0.0)) for k, name in best_rivals(record).items()]
+    if best:
+        label = "best competitor at each budget"
+        axes.plot(*zip(*best, strict=True), color=ENVELOPE, linewidth=1.5, linestyle=(0, (4, 2)), label=label, zorder=3)
+
+
+def _draw_policies(axes: Axes, record: Mapping[str, Any]) -> None:
+    for name, colour in POLICIES.items():
+        x, y, low, high = _family_line(record, name) if name in record["families"] else np.empty((4, 0))
+        if len(x):
+            width, size, layer = (2.6, 4.5, 5) if name == PLUS else (1.4, 3, 4)
+            axes.plot(x, y, color=colour, linewidth=width, marker="o", markersize=size, label=name, zorder=layer)
+        if name == PLUS and len(x):
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+    """Names at the right edge of the lines that come near it, from the top, as many as fit."""
+    low, high = axes.get_ylim()
+    edge = max((x for x, _ in ends.values()), default=0.0)
+    last = np.inf
+    for name, (x, y) in sorted(ends.items(), key=lambda item: -item[1][1]):
+        if x > NEAR_EDGE * edge and last - y > LABEL_GAP * (high - low):
+            axes.text(
+                1.005,
+                y,
+                name,
+                transform=axes.get_yaxis_transform(),
+                color=RIVAL,
+                fontsize=7,
+                va="center",
+                parse_math=False,
+            )
+            last = y
+
+
+def _draw_frontier(figure: Figure, record: Mapping[str, Any]) -> None:
+    record = in_order(record)
+    axes = figure.add_subplot()
+    ends = _draw_rivals(axes, record)
+    _draw_references(axes, record)
+    _draw_policies(axes, record)
+    places = {"1": _one_sample(record), **record["budgets"]}
+    ticks = {float(k): f"{k}\n{tokens:,.0f}" for k, tokens in places.items()}
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xlabel("budget per prompt: in samples' worth of tokens, and in tokens (log scale)")
+    axes.set_ylabel("prompts answered right, %")
+    axes.grid(axis="y", color=RIVAL, alpha=0.25, linewidth=0.5)
+    axes.set_title("Accuracy against tokens per prompt", loc="left")
+    _label_ends(axes, ends)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: [*POLICIES, labels[i]].index(labels[i]))
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper center", ncols=5,
+                  bbox_to_anchor=(0.5, -0.03), columnspacing=1.4, handlelength=1.8)  # fmt: skip
+
+
+def frontier(record: Mapping[str, Any]) -> str:
+    """Accuracy against tokens per prompt: our policies, every competitor, their envelope, and the oracle."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.4, 4.2))
+        _draw_frontier(figure, record)
+    return _svg(figure, "frontier", "Accuracy against tokens per prompt")
+
+
+def frontier_figure(target: Path, record: Mapping[str, Any]) -> None:
+    """The same figure as a PNG on white, for the README."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 4.4))
+        _draw_frontier(figure, record)
         figure.savefig(target, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Software": None})
 
 

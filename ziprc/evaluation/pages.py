@@ -1,10 +1,91 @@
-"""The fixed text of the two pages: the style sheet of the report, and the page of `ziprc inspect` with its script.
+"""What pages are made of: pieces of HTML, the style sheet of the report, and the page of `ziprc inspect` with its script.
 
-%TITLE% and %DATA% are filled in by inspection.py, escaped; the script puts model text on the page as `textContent` only.
+Pieces take text and escape it, except where they say that they take HTML. In the page of `ziprc inspect`, %TITLE% and %DATA% are filled in by inspection.py, escaped; the script puts model text on the page as `textContent` only.
 """
 # ruff: noqa: E501
 
 from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+# --- pieces of HTML --------------------------------------------------------------------------------------------------
+
+
+def esc(text: object) -> str:
+    return html.escape(str(text))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
+
+
+def as_interval(result: Record | float | None) -> Record:
+    """A result that may be a bare number, as an interval without ends."""
+    return result if isinstance(result, Mapping) else {"value": result, "low": None, "high": None}
+
+
+def interval(record: Record, digits: int = 3) -> str:
+    """A value with its interval underneath."""
+    ends = (
+        ""
+        if record["low"] is None
+        else f"<small>{number(record['low'], digits)} … {number(record['high'], digits)}</small>"
+    )
+    return f"{number(record['value'], digits)}{ends}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """A table that scrolls sideways by itself; cells are HTML already, header and caption are text."""
+    head = "".join(f"<th>{esc(h)}</th>" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    title = f"<caption>{esc(caption)}</caption>" if caption else ""
+    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def section(title: str, *parts: str) -> str:
+    return f"<section><h2>{esc(title)}</h2>{''.join(parts)}</section>"
+
+
+def panels(svgs: Iterable[str]) -> str:
+    return '<div class="panels">' + "".join(f"<figure>{svg}</figure>" for svg in svgs) + "</div>"
+
+
+def say(text: str) -> str:
+    return f"<p>{esc(text)}</p>"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{esc(line)}</li>' for line in lines)}</ul>"
+
+
+def cards(headline: Iterable[Record]) -> str:
+    """A card per target: what was found, what was wanted, and whether that is met."""
+    return f'<div class="cards">{"".join(map(_card, headline))}</div>'
+
+
+def _card(record: Record) -> str:
+    kind, verdict = {True: ("met", "reached"), False: ("missed", "missed"), None: ("open", "undecided")}[record["met"]]
+    result = as_interval(record["result"])
+    ends = "" if result["low"] is None else f"{number(result['low'])} … {number(result['high'])}"
+    return (
+        f'<div class="card {kind}"><div class="name">{esc(record["name"])}</div>'
+        f'<div class="big">{found(result["value"])}</div><div class="ends">{ends}</div>'
+        f'<div class="goal">{esc(record["direction"])} {record["target"]:.3g} · {verdict}</div></div>'
+    )
+
+
+def found(value: float | None, digits: int = 3) -> str:
+    """A result or a count; counts are integers in the record and have no decimals."""
+    return f"{value:,}" if isinstance(value, int) else number(value, digits)
+
+
+# --- fixed text ------------------------------------------------------------------------------------------------------
 
 REPORT_CSS = """
 :root{color-scheme:light dark;--ink:#1c2128;--soft:#5d6673;--line:#dfe3e8;--page:#fff;--card:#f6f7f9;--good:#257a4c;--bad:#b8402f;--accent:#2f7fd1}
@@ -28,8 +109,8 @@ td{border-bottom:1px solid var(--line);padding:.35rem .7rem .35rem 0;vertical-al
 td small{display:block;color:var(--soft);font-size:.74rem}.bar{height:.7rem;background:var(--accent);border-radius:3px;min-width:2px;margin-top:.35rem}td:has(.bar){width:40%}
 .panels{display:flex;flex-wrap:wrap;gap:1rem 1.6rem;align-items:flex-start}figure{margin:0}.panels figure{flex:0 1 auto;max-width:100%}
 .panels svg{min-width:13.5rem}.strip{margin:1.3rem 0}.strip figcaption{margin-bottom:.3rem;overflow-wrap:anywhere}.strip small{color:var(--soft)}
-.right{color:var(--good);font-weight:600}.wrong{color:var(--bad);font-weight:600}
-pre{font:.8rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--card);padding:.7rem;border-radius:8px;overflow:auto;max-height:24rem}
+.right{color:var(--good);font-weight:600}.wrong{color:var(--bad);font-weight:600}.lost,.lost small{color:var(--bad)}.tied,.tied small{color:var(--soft)}
+tr:has(td:first-child>b) td{background:var(--card)}td:first-child small{min-width:15rem}pre{font:.8rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--card);padding:.7rem;border-radius:8px;overflow:auto;max-height:24rem}
 pre.response{white-space:pre-wrap;overflow-wrap:anywhere;max-height:9rem;margin:.3rem 0 0}
 details{margin:.5rem 0}summary{cursor:pointer;font-weight:600}
 .dag{font:11px system-ui,sans-serif}.dag text{text-anchor:middle;fill:var(--ink)}.dag rect{fill:var(--card);stroke:var(--line)}

@@ -1,16 +1,16 @@
 """One self-contained page that says what was run and what came out, failures included.
 
-Everything is made from metrics.json, the manifests, the resolved configuration and the benchmark files; no number is
-computed here. Styles are inline, figures are inline SVG, text that a model or a user wrote is escaped, and nothing is
-fetched, so the file can be mailed or archived.
+Everything is made from metrics.json, frontier.json, the manifests, the resolved configuration and the benchmark files; no
+number is computed here. Adaptive sampling, for which the head is there, comes first (report_sampling.py). Styles are
+inline, figures are inline SVG, text that a model or a user wrote is escaped, and nothing is fetched, so the file can be
+mailed or archived.
 """
 
 from __future__ import annotations
 
 import csv
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from ziprc.evaluation import dag, figures
 from ziprc.evaluation.inspection import InspectedRollout, length_labels
 from ziprc.evaluation.metrics import MAIN
 from ziprc.evaluation.outcomes import MOMENTS
-from ziprc.evaluation.pages import REPORT_CSS
+from ziprc.evaluation.pages import REPORT_CSS, cards, esc, interval, number, panels, say, section, table
+from ziprc.evaluation.report_sampling import sampling_findings, sampling_section
 
 Record = Mapping[str, Any]
 
@@ -70,6 +71,8 @@ class Page:
     graph: dag.Parents
     benchmarks: Sequence[Benchmark] = ()
     rollouts: Sequence[InspectedRollout] = field(default_factory=tuple)
+    sampling: Record | None = None  # frontier.json
+    live: Record = field(default_factory=dict)  # samples/<policy>.json by policy
 
 
 def read_benchmarks(folder: Path) -> list[Benchmark]:
@@ -93,9 +96,9 @@ def _number(text: str | None) -> float | None:
 # --- findings --------------------------------------------------------------------------------------------------------
 
 
-def negative_findings(metrics: Record) -> list[str]:
-    """What did not work, in sentences: missed targets, baselines that are not beaten, a drop of the policy."""
-    out = []
+def negative_findings(metrics: Record, sampling: Record | None = None) -> list[str]:
+    """What did not work, in sentences: missed targets, baselines that are not beaten, ideas that change nothing."""
+    out = sampling_findings(sampling) if sampling else []
     for record in metrics["headline"]:
         found = record["result"]["value"]
         if record["met"] is None:
@@ -124,63 +127,10 @@ def _straddles(interval: Record) -> bool:
     )
 
 
-# --- pieces of HTML --------------------------------------------------------------------------------------------------
-
-
-def esc(text: object) -> str:
-    return html.escape(str(text))
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
-
-
-def interval(record: Record, digits: int = 3) -> str:
-    """A value with its interval underneath."""
-    ends = (
-        ""
-        if record["low"] is None
-        else f"<small>{number(record['low'], digits)} … {number(record['high'], digits)}</small>"
-    )
-    return f"{number(record['value'], digits)}{ends}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table that scrolls sideways by itself; cells are HTML already, header and caption are text."""
-    head = "".join(f"<th>{esc(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    title = f"<caption>{esc(caption)}</caption>" if caption else ""
-    return f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{esc(title)}</h2>{''.join(parts)}</section>"
-
-
-def panels(svgs: Iterable[str]) -> str:
-    return '<div class="panels">' + "".join(f"<figure>{svg}</figure>" for svg in svgs) + "</div>"
-
-
-def say(text: str) -> str:
-    return f"<p>{esc(text)}</p>"
-
-
 # --- sections --------------------------------------------------------------------------------------------------------
 
 
 def _headline(metrics: Record) -> str:
-    cards = []
-    for record in metrics["headline"]:
-        state = {True: ("met", "reached"), False: ("missed", "missed"), None: ("open", "undecided")}[record["met"]]
-        result = record["result"]
-        ends = "" if result["low"] is None else f"{number(result['low'])} … {number(result['high'])}"
-        cards.append(
-            f'<div class="card {state[0]}"><div class="name">{esc(record["name"])}</div>'
-            f'<div class="big">{number(result["value"])}</div><div class="ends">{ends}</div>'
-            f'<div class="goal">{esc(record["direction"])} {record["target"]:g} · {state[1]}</div></div>'
-        )
     met = sum(bool(r["met"]) for r in metrics["headline"])
     text = (
         f"{met} of {len(metrics['headline'])} targets reached on {metrics['counts']['prompts']['test']:,} "
@@ -189,11 +139,11 @@ def _headline(metrics: Record) -> str:
         "bootstrapped over "
         f"prompts ({metrics['replicates']:,} replicates)."
     )
-    return say(text) + f'<div class="cards">{"".join(cards)}</div>'
+    return section("What the head knows", say(text), cards(metrics["headline"]))
 
 
-def _negative(metrics: Record) -> str:
-    found = negative_findings(metrics)
+def _negative(page: Page) -> str:
+    found = negative_findings(page.metrics, page.sampling)
     items = (
         "".join(f"<li>{esc(line)}</li>" for line in found) or "<li>Nothing that the checks of this page look for.</li>"
     )
@@ -400,7 +350,10 @@ def _costs(benchmarks: Sequence[Benchmark]) -> str:
     return section("Costs", say(text), table(["job", "seconds", "peak MiB", ""], rows))
 
 
-QUESTION = "How well does the model know, while it writes, whether it will be right and how much is left?"
+QUESTION = (
+    "How well does the model know, while it writes, whether it will be right and how much is left? "
+    "And what is gained by deciding on that what to sample?"
+)
 
 
 def render(page: Page) -> str:
@@ -409,8 +362,9 @@ def render(page: Page) -> str:
     body = "".join(
         [
             f"<header><h1>{name}</h1>{say(QUESTION)}</header>",
+            sampling_section(page.sampling, page.live),
             _headline(page.metrics),
-            _negative(page.metrics),
+            _negative(page),
             _prediction(page.metrics),
             _calibration(page.metrics),
             _length(page.metrics),

@@ -1,18 +1,32 @@
-"""report: the page results/<experiment>/report.html, from metrics.json, the manifests and the benchmark files."""
+"""report: the page results/<experiment>/report.html, from metrics.json, frontier.json, live samples, manifests, benchmarks."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from ziprc.artifacts import output_lock, read_json, write_manifest, write_text
-from ziprc.config import params_of
+from ziprc.config import Evaluate, params_of
 from ziprc.evaluation.dag import read_graph
+from ziprc.evaluation.decisions import live_record
 from ziprc.evaluation.inspection import load_rollouts
 from ziprc.evaluation.report import Page, read_benchmarks, render
+from ziprc.schemas import read_table
 from ziprc.stages.context import Context, run_stage
+
+
+def live(samples: Path, own: Evaluate) -> dict[str, Any]:
+    """What a live run showed, by budget; its wall-clock times, where they lie beside the table, are no artifact."""
+    timing = samples.with_suffix(".timing.json")
+    times = read_json(timing) if timing.exists() else {}
+    return live_record(read_table(samples, "samples"), times, own.bootstrap, own.confidence)
 
 
 def run(context: Context) -> str:
     config, layout = context.config, context.layout
-    target, metrics = layout.home / "report.html", layout.home / "metrics.json"
+    target, metrics, frontier = (layout.home / name for name in ("report.html", "metrics.json", "frontier.json"))
+    samples = {policy: layout.table("samples", policy) for policy in config.samples.policies}
+    samples = {policy: path for policy, path in samples.items() if path.exists()}
     shown = config.report.rollouts_shown
     page = Page(
         metrics=read_json(metrics),
@@ -20,11 +34,15 @@ def run(context: Context) -> str:
         graph=read_graph(layout),
         benchmarks=read_benchmarks(layout.home / "benchmarks"),
         rollouts=load_rollouts(layout, "ziprc", shown) if shown else (),
+        sampling=read_json(frontier),
+        live={policy: live(path, config.evaluate) for policy, path in samples.items()},
     )
     with output_lock(target):
         write_text(target, render(page))
         tables = [("introspection", "ziprc"), ("rollouts", "test"), ("grades", "test"), ("prompts", "test")]
-        parents = {"metrics": metrics} | {f"{kind}/{name}": layout.table(kind, name) for kind, name in tables}
+        parents = {"metrics": metrics, "frontier": frontier}
+        parents |= {f"{kind}/{name}": layout.table(kind, name) for kind, name in tables}
+        parents |= {f"samples/{policy}": path for policy, path in samples.items()}
         write_manifest(target, params_of(config, "report", context.name), parents)
     return f"wrote {target}"
 

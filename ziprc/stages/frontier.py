@@ -1,0 +1,34 @@
+"""frontier: accuracy against tokens of adaptive sampling and all its competitors, by replaying recorded rollouts."""
+
+from __future__ import annotations
+
+from ziprc.artifacts import derived_seed, output_lock, write_json, write_manifest
+from ziprc.config import params_of
+from ziprc.evaluation.pools import pool_parents, read_pool
+from ziprc.evaluation.sampling_record import sampling_record
+from ziprc.sampling.calibration import calibration_file, read_fitted
+from ziprc.stages.context import Context, run_stage
+
+NUMPY_SEEDS = 2**31
+
+
+def run(context: Context) -> str:
+    """Write frontier.json."""
+    config, layout = context.config, context.layout
+    checkpoint, target = layout.checkpoint("ziprc"), layout.home / "frontier.json"
+    pools = {split: read_pool(config, layout, f"{split}-ziprc") for split in ("validation", "test")}
+    fitted = read_fitted(checkpoint, pools["test"].grid)
+    seed = derived_seed(config.seed, "frontier") % NUMPY_SEEDS
+    record = sampling_record(config.frontier, fitted, pools["validation"], pools["test"], seed)
+    parents = {**pool_parents(layout, "validation-ziprc"), **pool_parents(layout, "test-ziprc")}
+    with output_lock(target):
+        write_json(target, record)
+        parents["calibration"] = calibration_file(checkpoint)
+        write_manifest(target, params_of(config, "frontier", context.name), parents)
+    met = [row["met"] for row in record["headline"]]
+    families, prompts = len(record["families"]), len(pools["test"].prompt_ids)
+    return f"{families} families on {prompts} prompts, {met.count(True)} of {len(met)} targets met, wrote {target}"
+
+
+if __name__ == "__main__":
+    run_stage("frontier", run)
