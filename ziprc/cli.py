@@ -5,6 +5,7 @@ ziprc build --experiment smoke              the whole workflow (what `make all` 
 ziprc run grades --experiment smoke --name train        one stage, through accelerate
 ziprc why results/smoke/values/train.parquet            what would rerun, and why
 ziprc inspect results/smoke                 a page of rollouts coloured by what the model expects
+ziprc sample "Compute 47+91+85" --checkpoint results/toy/checkpoints/ziprc      adaptive sampling, live
 ziprc export results/smoke train out.parquet            the wide table of the original systems
 """
 
@@ -48,7 +49,9 @@ def why(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Print rollouts, or write the page that shows them."""
+    """Print rollouts or one prompt's tree, or write the page that shows them."""
+    if options.tree is not None:
+        return inspect_tree(options)
     from ziprc.evaluation.inspection import inspect_html, inspect_text
 
     if options.text:
@@ -59,8 +62,29 @@ def inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def inspect_tree(options: argparse.Namespace) -> int:
+    """One prompt's tree of branches, as it was sampled live."""
+    from ziprc.evaluation.tree_view import tree_html, tree_text
+
+    chosen = (options.home, options.tree, options.policy, options.budget)
+    if options.text:
+        print(tree_text(*chosen))
+        return 0
+    print(f"inspect: wrote {tree_html(*chosen)}; open it in a browser")
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Answer one question live."""
+    from ziprc.integrations.asking import Wishes
+    from ziprc.integrations.terminal import sample as show
+
+    named = {key: value for key, value in vars(options).items() if key not in ("action", "json")}
+    return show(Wishes(**named), options.json)
+
+
 def summary(options: argparse.Namespace) -> int:
-    """Print the table of headline numbers; draw the figure when asked."""
+    """Print the table of headline numbers; draw the figures when asked."""
     from ziprc.evaluation.summary import summary as headline_table
 
     print(headline_table(options.homes))
@@ -71,6 +95,12 @@ def summary(options: argparse.Namespace) -> int:
 
         overview(options.figure, read_json(options.homes[0] / "metrics.json")["prediction"], MOMENTS)
         print(f"\nsummary: drew {options.homes[0]} into {options.figure}")
+    if options.frontier:
+        from ziprc.artifacts import read_json
+        from ziprc.evaluation.figures import frontier_figure
+
+        frontier_figure(options.frontier, read_json(options.homes[0] / "frontier.json"))
+        print(f"\nsummary: drew the frontier of {options.homes[0]} into {options.frontier}")
     return 0
 
 
@@ -95,6 +125,33 @@ def fetch(options: argparse.Namespace) -> int:
 
     print(fetch_experiment(load(options.config_file, options.experiment, options.set)))
     return 0
+
+
+def add_sample_arguments(sub: argparse.ArgumentParser) -> None:
+    """The options of `ziprc sample`; what is left out comes from the checkpoint's experiment."""
+    sub.add_argument("prompt", help="the question, as the checkpoint's task asks it")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="a folder with a joint head and calibration.json")
+    sub.add_argument(
+        "--policy", default="zip-rc-plus", help="or zip-rc-plus-branching, zip-rc-plus-wide, zip-rc, majority"
+    )
+    sub.add_argument(
+        "--budget", dest="samples", type=float, default=4, help="in samples; frontier.json says which price"
+    )
+    sub.add_argument("--price", type=float, help="of a token, in probability of a right answer (zip-rc-plus)")
+    sub.add_argument("--alpha", type=float, help="share of tokens in the cost, the rest is time (zip-rc)")
+    sub.add_argument("--beta", type=float, help="weight of the cost (zip-rc)")
+    sub.add_argument("--interval", type=int, help="tokens between two decisions")
+    sub.add_argument("--max-tokens", type=int, help="of all branches together")
+    sub.add_argument("--max-steps", type=int, help="serial decoding steps")
+    sub.add_argument("--max-branches", type=int)
+    sub.add_argument("--max-new-tokens", type=int, help="of one response")
+    sub.add_argument("--temperature", type=float)
+    sub.add_argument("--min-p", type=float)
+    sub.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="whether the model thinks first")
+    sub.add_argument("--task", help="whose answers are compared: arithmetic, countdown, hub")
+    sub.add_argument("--engine", choices=("vllm", "hf"))
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="print one JSON object at the end, nothing else")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,10 +193,25 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", default="ziprc")
     sub.add_argument("--count", type=int, help="rollouts shown")
     sub.add_argument("--text", action="store_true", help="print in the terminal")
+    sub.add_argument(
+        "--tree", metavar="PROMPT_ID", help="draw the branches of one prompt instead; auto: one that shows much"
+    )
+    sub.add_argument("--policy", help="whose tree, as in samples/<policy>.parquet")
+    sub.add_argument("--budget", help="of the tree; the largest when left out")
+
+    add_sample_arguments(
+        command(
+            "sample",
+            sample,
+            "answer one question by adaptive sampling, live",
+            'ziprc sample "Make 24 from 3,5,7" --checkpoint results/toy/checkpoints/ziprc',
+        )
+    )
 
     sub = command("summary", summary, "headline numbers of several runs", "ziprc summary results/toy results/toy-seed1")
     sub.add_argument("homes", nargs="+", type=Path, help="results/<experiment> …")
     sub.add_argument("--figure", type=Path, metavar="PNG", help="also draw the predictors of the first run")
+    sub.add_argument("--frontier", type=Path, metavar="PNG", help="also draw accuracy against tokens of the first run")
 
     sub = command("export", export, "write the wide table", "ziprc export results/smoke train wide.parquet")
     sub.add_argument("home", type=Path, help="results/<experiment>")

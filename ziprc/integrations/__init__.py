@@ -1,0 +1,1 @@
+"""Ways in from outside: a question asked in a terminal."""
