@@ -85,9 +85,11 @@ def sample(options: argparse.Namespace) -> int:
 
 def summary(options: argparse.Namespace) -> int:
     """Print the table of headline numbers; draw the figures when asked."""
+    from ziprc.evaluation.summary import sampling_table
     from ziprc.evaluation.summary import summary as headline_table
 
     print(headline_table(options.homes))
+    print("\n" + sampling_table(options.homes))
     if options.figure:
         from ziprc.artifacts import read_json
         from ziprc.evaluation.figures import overview

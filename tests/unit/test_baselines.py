@@ -49,7 +49,7 @@ def synthetic(seed: int, prompts: int = PROMPTS, rollouts: int = ROLLOUTS) -> Po
 
 def fitted(pool: Pool) -> score.Logistic:
     last = (pool.first + pool.length - 1).ravel()
-    return score.Logistic.fit(b.logprob_inputs(pool.features[last]), pool.score.ravel())
+    return score.Logistic.fit(b.token_inputs(pool.features[last]), pool.score.ravel())
 
 
 POOL = synthetic(0)
@@ -159,9 +159,9 @@ def hand_made(answer: list[list[int]], signal: list[list[float]] | None = None) 
     return trees
 
 
-def test_logprob_inputs_are_those_of_the_score_without_the_joint():
+def test_token_inputs_are_those_of_the_score_without_the_joint():
     with_joint = score.inputs(POOL.joint, POOL.features, GRID)
-    assert np.array_equal(b.logprob_inputs(POOL.features), with_joint[:, 2:])
+    assert np.array_equal(b.token_inputs(POOL.features), with_joint[:, 2:])
 
 
 def test_reading_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):

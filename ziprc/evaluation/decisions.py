@@ -20,11 +20,10 @@ from ziprc.evaluation.calibration import calibration_metrics
 from ziprc.sampling.controller import NONE
 from ziprc.sampling.families import Setting
 from ziprc.sampling.live import Answered, Decided
-from ziprc.sampling.tree import Status
+from ziprc.sampling.tree import ROOT, Status
 from ziprc.schemas import make_table
 
 ECE_BINS = 10
-COUNTED = ("start", "branch", "pause", "resume")
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,9 @@ def _rows(answered: Answered, asked: Asked, setting: Setting, budget: str) -> li
                 "tokens_spent": decided.tokens,
                 "utility": _number(decided.decision.utility[0]),
                 "signals": trees.signals[0, slot].tolist(),
+                "answer_number": int(trees.answer[0, slot]),
+                "spot": int(trees.spot[0, slot]) if trees.spot.size else None,
+                "spot_signals": trees.spot_signals[0, slot].tolist() if trees.spot.size else None,
                 "selected": False,
             }
             out.append(row | (_outcome(answered, asked, slot) if number == last else {}))
@@ -89,14 +91,14 @@ def _number(value: float) -> float | None:
 
 
 def _action(decided: Decided, slot: int, known: int) -> str:
-    """What was decided about a branch; one seen for the first time was started or branched by the decision before."""
+    """What was decided about a branch; one seen for the first time, if it goes on, is reported as started or branched."""
     trees, decision = decided.trees, decided.decision
     status = Status(int(trees.status[0, slot]))
-    if slot >= known:
+    runs = bool(decision.run[0, slot])
+    if slot >= known and (runs or status is Status.FINISHED):
         return "branch" if trees.parent[0, slot] != NONE else "start"
     if status is Status.FINISHED:
         return "done"
-    runs = bool(decision.run[0, slot])
     if status is Status.RUNNING:
         return "continue" if runs else "pause"
     return "resume" if runs else "wait"
@@ -113,22 +115,30 @@ def live_record(table: pa.Table, timing: Mapping[str, Any], replicates: int, con
 
 
 def _budget_record(table: pa.Table, timing: Mapping[str, Any], replicates: int, confidence: float) -> dict[str, Any]:
+    """A prompt that failed counts as wrong."""
     final = table.filter(pc.equal(table["action"], "stop"))
     chosen = final.filter(final["selected"])
-    score = np.nan_to_num(chosen["score"].to_numpy().astype(np.float64))
-    boot = Resampling(np.arange(len(score)), replicates, 0)
-    ece = calibration_metrics(boot, np.nan_to_num(chosen["probability"].to_numpy()), score, ECE_BINS)["ece"]
-    actions = table["action"].to_pylist()
+    prompts = len(pc.unique(table["prompt_id"]))
+    failed = prompts - chosen.num_rows
+    score, probability = (
+        np.concatenate([np.nan_to_num(chosen[c].to_numpy().astype(np.float64)), np.zeros(failed)])
+        for c in ("score", "probability")
+    )
+    boot = Resampling(np.arange(prompts), replicates, 0)
+    actions, parents = table["action"].to_pylist(), final["parent"].to_numpy()
+    counts = {name: actions.count(name) for name in ("pause", "resume")}
+    counts |= {"start": int((parents == ROOT).sum()), "branch": int((parents != ROOT).sum())}
     record = {
         "setting": table["policy"][0].as_py(),
-        "prompts": len(score),
+        "prompts": prompts,
+        "failed": failed,
         "accuracy": boot.ratio(score).interval(confidence),
-        "ece": ece.interval(confidence),
+        "ece": calibration_metrics(boot, probability, score, ECE_BINS)["ece"].interval(confidence),
         "tokens": float(np.mean(chosen["tokens_spent"].to_numpy())),
         "prefill": float(np.mean(chosen["prefill"].to_numpy())),
         "latency": float(np.mean(chosen["step"].to_numpy())),
-        "samples": final.num_rows / max(1, len(score)),
-        "actions": {name: actions.count(name) / max(1, len(score)) for name in COUNTED},
+        "samples": final.num_rows / prompts,
+        "actions": {name: count / prompts for name, count in sorted(counts.items())},
     }
     for key in ("together", "one_by_one"):
         if timing.get(key):

@@ -62,7 +62,7 @@ class Player:
 
     def _reading(self, setting: Setting) -> NDArray[np.float32]:
         policy = setting.policy
-        own = getattr(policy, "sources", None) or (type(policy).__name__, id(getattr(policy, "calibration", None)))
+        own = getattr(policy, "sources", None) or (type(policy).__name__, getattr(policy, "calibration", None))
         key = (setting.window, own)
         if key not in self._readings:
             self._readings = {k: r for k, r in self._readings.items() if r.shape[1] <= SMALL_READING}

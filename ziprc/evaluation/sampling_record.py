@@ -202,7 +202,8 @@ def _setting_record(setting: Setting, outcome: Outcome) -> dict[str, Any]:
     if isinstance(policy, ZipRCPlus):
         return record | {"price": policy.price, "width": policy.width}
     if isinstance(policy, ZipRC):
-        return record | {"alpha": policy.alpha, "beta": policy.beta, "samples": policy.k_max}
+        calibrated = policy.calibration is not None
+        return record | {"alpha": policy.alpha, "beta": policy.beta, "samples": policy.k_max, "calibrated": calibrated}
     return {}
 
 
@@ -217,7 +218,7 @@ def _headline(
         return {"name": name, "target": target, "direction": direction, "result": found, "met": met}
 
     worst = {k: min(d.values(), key=lambda i: i["value"]) for k, d in difference.items() if d}
-    above = sum(d["low"] is not None and d["low"] > 0 for d in worst.values())
+    above = sum(all((i["low"] or 0) > 0 for i in d.values()) for d in difference.values() if d)
     level = sum(d["value"] >= 0 for d in worst.values())
     rows = [
         record("budgets at which zip-rc-plus is on or above every other", len(field.budgets), level),

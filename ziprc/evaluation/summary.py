@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ziprc.artifacts import read_json
+from ziprc.errors import UserError
 from ziprc.evaluation.pages import as_interval, found
 
 Record = Mapping[str, Any]
@@ -25,7 +26,11 @@ def cell(result: Record | float | None) -> str:
 
 def headline(home: Path) -> dict[str, Record]:
     """The targets of one run by name; those of adaptive sampling where they were measured."""
-    files = [home / "metrics.json", *(path for path in [home / "frontier.json"] if path.exists())]
+    files = [path for path in (home / "metrics.json", home / "frontier.json") if path.exists()]
+    if not files:
+        raise UserError(
+            f"{home} holds neither metrics.json nor frontier.json. Build it: `make all EXPERIMENT={home.name}`."
+        )
     return {record["name"]: record for path in files for record in read_json(path)["headline"]}
 
 
@@ -41,3 +46,29 @@ def summary(homes: Sequence[Path]) -> str:
         met = ", ".join(VERDICT[record["met"]] if record else ABSENT for record in records)
         rows.append([name, bound, *values, met])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def sampling_table(homes: Sequence[Path]) -> str:
+    """Accuracy at equal tokens, by budget and run: ours, the published policy, the plain vote, the best competitor."""
+    runs = [read_json(path) for home in homes if (path := home / "frontier.json").exists()]
+    if not runs:
+        return ""
+    names = [home.name for home in homes if (home / "frontier.json").exists()]
+    header = [
+        "samples' worth of tokens",
+        *(f"{name}: zip-rc-plus · zip-rc · majority · best other; ours minus it" for name in names),
+    ]
+    rows = [header, ["---"] * len(header)]
+    for budget in sorted(runs[0]["budgets"], key=float):
+        rows.append([budget, *(_sampling_cell(run, budget) for run in runs)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _sampling_cell(run: Record, budget: str) -> str:
+    differences = run["difference"].get(budget)
+    if not differences:
+        return ABSENT
+    best = min(differences, key=lambda name: differences[name]["value"])
+    points = [run["families"][name]["points"].get(budget) for name in ("zip-rc-plus", "zip-rc", "majority", best)]
+    shown = " · ".join(found(point["accuracy"]["value"]) if point else ABSENT for point in points)
+    return f"{shown} ({best}); {cell(differences[best])}"

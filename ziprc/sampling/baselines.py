@@ -33,7 +33,7 @@ from ziprc.joint.bins import BinGrid
 from ziprc.sampling import features as f
 from ziprc.sampling.controller import Choice, Decision
 from ziprc.sampling.replay import Pool
-from ziprc.sampling.score import Logistic, joint_summary
+from ziprc.sampling.score import Logistic, joint_summary, token_inputs
 from ziprc.sampling.selection import best_vote, same_answer
 from ziprc.sampling.tree import NO_ANSWER, Status, Trees
 
@@ -44,7 +44,6 @@ Bools = NDArray[np.bool_]
 STYLE_COLUMN = len(f.FEATURES)  # replays may append the style code of each rollout; UNKNOWN_STYLE until it shows
 UNKNOWN_STYLE = -1
 CHUNK = 1 << 16  # states that are read at once: bounds the memory of the quadratic logistic
-LEAST_LOG_PROB = -8.0  # as in score.inputs
 
 
 # What a policy can know of a branch.
@@ -66,23 +65,9 @@ LOG_PROBS = {Source.MEAN: f.MEAN, Source.LOW: f.LOW, Source.WINDOW: f.LOW_WINDOW
 SCORES = (Source.MEAN, Source.LOW, Source.LOGISTIC, Source.VALUE)
 
 
-def logprob_inputs(features: NDArray[np.floating]) -> Floats:
-    """[n, D] the columns of `score.inputs` that need no joint."""
-    columns = [
-        np.log1p(features[:, f.TOKENS]),
-        features[:, f.MEAN],
-        np.maximum(features[:, f.LOW], LEAST_LOG_PROB),
-        features[:, f.WINDOW],
-        features[:, f.LOW_WINDOW],
-        features[:, f.ENTROPY],
-        features[:, f.HIGH_ENTROPY],
-    ]
-    return np.stack(columns, -1).astype(np.float64)
-
-
 @dataclass(frozen=True)
 class Reader:
-    """Turns readings into scores. `logistic` was fitted on `logprob_inputs` of finished branches."""
+    """Turns readings into scores. `logistic` was fitted on `token_inputs` of finished branches."""
 
     grid: BinGrid
     logistic: Logistic | None = None
@@ -102,7 +87,7 @@ class Reader:
         if source is Source.VALUE:
             return joint_summary(joint, self.grid)[0]
         if source is Source.LOGISTIC:
-            return self._fitted().probability(logprob_inputs(features))
+            return self._fitted().probability(token_inputs(features))
         return features[:, f.ENTROPY if source is Source.ENTROPY else _style_column(features)]
 
     def _fitted(self) -> Logistic:

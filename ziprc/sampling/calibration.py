@@ -20,9 +20,8 @@ from ziprc.artifacts import read_json
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling import features as f
-from ziprc.sampling.baselines import logprob_inputs
 from ziprc.sampling.replay import Pool, pool_orders
-from ziprc.sampling.score import INPUTS, Logistic, Stages, inputs, stage_of
+from ziprc.sampling.score import INPUTS, Logistic, Stages, inputs, stage_of, token_inputs
 from ziprc.sampling.selection import VoteModel
 from ziprc.sampling.tree import NO_ANSWER, Status, Trees
 from ziprc.sampling.zip_rc import JointCalibration
@@ -113,7 +112,7 @@ class Fitted:
             grid,
             Calibration.fit(pool, pool.joint, grid, seed),
             JointCalibration.fit(np.asarray(pool.joint[rows], np.float32), of_rollout[rows], grid),
-            Logistic.fit(logprob_inputs(pool.features[last]), score),
+            Logistic.fit(token_inputs(pool.features[last]), score),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Controller:
         free = (trees.status == Status.FREE).sum(-1)
         decision.run = keep_best(decision.run, decision.priority, room)
         room = room - decision.run.sum(-1)
-        decision.start = np.minimum(decision.start, np.minimum(room, free))
+        decision.start = np.clip(decision.start, 0, np.minimum(room, free))
         branching = (decision.branch != NONE) & (decision.start < np.minimum(room, free))
         decision.branch = np.where(branching, decision.branch, NONE)
 

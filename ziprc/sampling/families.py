@@ -6,6 +6,7 @@ baselines; every family has the single sample among its settings, so that all ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,6 @@ from ziprc.sampling.zip_rc import JointCalibration, ZipRC
 from ziprc.sampling.zip_rc_plus import ZipRCPlus
 
 PLUS, PUBLISHED = "zip-rc-plus", "zip-rc"
-SLACK = 1.02  # of a budget, when a setting is looked up for it
 WHOLE = 1 << 20  # tokens between decisions when only whole samples are decided on
 
 
@@ -135,7 +135,8 @@ def live_setting(name: str, samples: float, frontier: Mapping[str, Any], fitted:
         return Setting(Fixed(Reader(fitted.grid), MAJORITY, max(1, round(samples))))
     if name == PUBLISHED:
         own = _chosen(frontier["chosen"][PUBLISHED], samples, frontier)
-        policy = ZipRC(fitted.grid, own["alpha"], own["beta"], k_max=own["samples"])
+        joint = fitted.joint if own["calibrated"] else None
+        policy = ZipRC(fitted.grid, own["alpha"], own["beta"], k_max=own["samples"], calibration=joint)
         return Setting(policy, own["interval"], own["window"])
     own = _chosen(frontier["chosen"][PLUS], samples, frontier)
     width = WIDE if name.endswith("wide") else own["width"]
@@ -145,6 +146,6 @@ def live_setting(name: str, samples: float, frontier: Mapping[str, Any], fitted:
 
 
 def _chosen(settings: Sequence[Mapping[str, Any]], samples: float, frontier: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The dearest setting that stays within the budget, else the cheapest."""
+    """The setting whose cost in the replay is nearest to the budget, on a logarithmic scale."""
     tokens = samples * frontier["one_sample"]
-    return next((s for s in reversed(settings) if s["tokens"] <= tokens * SLACK), settings[0])
+    return min(settings, key=lambda s: abs(math.log(s["tokens"] / tokens)))

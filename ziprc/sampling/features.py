@@ -33,11 +33,12 @@ def fresh(count: int) -> NDArray[np.float32]:
 def update(
     seen: NDArray[np.float32], log_prob: NDArray[np.float32], entropy: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """[n, F] after one more reading; `tokens` counts the tokens seen, 0 after the first reading.
+    """[n, F] after one more reading; `tokens` counts the tokens seen, 0 after the first reading, whose `log_prob` is ignored.
 
     `slip` is the number of tokens before the least likely one: where a branch might go another way.
     """
     tokens = seen[:, TOKENS] + 1
+    log_prob = np.where(tokens > 0, log_prob, 0)
     share = np.where(tokens > 0, 1 / np.maximum(tokens, 1), 0)
     out = np.empty_like(seen)
     out[:, TOKENS] = tokens

@@ -32,6 +32,7 @@ INPUTS = (
     "highest entropy",
 )
 HEAD_INPUTS, TOKEN_INPUTS = (0, 1, 2), tuple(range(2, len(INPUTS)))
+LEAST_LOG_PROB = -8.0  # below it a token is as surprising as can be
 PENALTY = 1e-3  # of squared weights, per state
 CLIP = 1e-3
 MIN_STATES = 200
@@ -52,21 +53,24 @@ def joint_summary(joint: Floats, grid: BinGrid) -> tuple[Floats, Floats]:
     return reward, remaining
 
 
-def inputs(joint: Floats, features: Floats, grid: BinGrid) -> Floats:
-    """[n, D] what the logistic models look at: INPUTS."""
-    reward, remaining = joint_summary(joint, grid)
+def token_inputs(features: Floats) -> Floats:
+    """[n, D - 2] what token statistics alone say: the last columns of INPUTS."""
     columns = [
-        safe_logit(reward),
-        np.log1p(remaining),
         np.log1p(features[:, f.TOKENS]),
         features[:, f.MEAN],
-        np.maximum(features[:, f.LOW], -8.0),
+        np.maximum(features[:, f.LOW], LEAST_LOG_PROB),
         features[:, f.WINDOW],
         features[:, f.LOW_WINDOW],
         features[:, f.ENTROPY],
         features[:, f.HIGH_ENTROPY],
     ]
     return np.stack(columns, -1).astype(np.float64)
+
+
+def inputs(joint: Floats, features: Floats, grid: BinGrid) -> Floats:
+    """[n, D] what the logistic models look at: INPUTS."""
+    reward, remaining = joint_summary(joint, grid)
+    return np.concatenate([np.stack([safe_logit(reward), np.log1p(remaining)], -1), token_inputs(features)], -1)
 
 
 @dataclass(frozen=True)

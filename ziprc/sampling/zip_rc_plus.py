@@ -20,17 +20,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling import features as f
 from ziprc.sampling.calibration import Calibration
 from ziprc.sampling.controller import NONE, Choice, Decision
-from ziprc.sampling.score import joint_summary, safe_logit
+from ziprc.sampling.score import joint_summary
 from ziprc.sampling.tree import Status, Trees
 
 ON_THE_WAY, FINISHED, REMAINING, VALUE = range(4)  # signals
+MOST_LOG_ODDS = 30.0  # of a prompt: beyond it 1 - p is lost in rounding
 Floats = NDArray[np.float64]
 
 # How much a failure after a prefix says about the prefix: Beta strength, as `strength` is for prompts. Few, since the
@@ -94,7 +95,7 @@ class ZipRCPlus:
             decision.start += good & (best == 2 * slots)
             doubt = np.where(good, doubt * (1 - chance[rows, best]), doubt)
             allowed[rows[good], np.minimum(best[good], 2 * slots)] = False
-            allowed[:, slots : 2 * slots] &= (decision.branch == NONE)[:, None]
+            allowed[:, slots : 2 * slots] &= ((decision.branch == NONE) & (decision.start < free))[:, None]
             allowed[:, 2 * slots] = decision.start + (decision.branch != NONE) < free
         branch = np.maximum(decision.branch, 0)[:, None]
         if self.can_branch:
@@ -106,10 +107,10 @@ class ZipRCPlus:
 
         The columns are: every branch, a fork before the slip of every branch, a new sample.
         """
-        root = trees.root[:, ON_THE_WAY].astype(np.float64)
+        root = np.clip(trees.root[:, ON_THE_WAY].astype(np.float64), -MOST_LOG_ODDS, MOST_LOG_ODDS)
         alone = self._log_odds(trees)
         fresh, others = self._odds(trees, expit(root), expit(alone))
-        shift = safe_logit(others) - root[:, None]
+        shift = logit(others) - root[:, None]  # 0 without failures
         free = (trees.status == Status.FREE).any(-1)
         chance, cost = expit(alone + shift), trees.signals[..., REMAINING]
         forks, fork_cost, can_fork = np.zeros_like(chance), np.ones_like(chance), np.zeros_like(trees.unfinished)
