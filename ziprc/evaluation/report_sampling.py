@@ -44,6 +44,10 @@ ABLATIONS = {
         "the latent difficulty",
         "A failed sample says nothing about the next one of its prompt.",
     ),
+    f"{PLUS}: threshold instead of utility": (
+        "the utility",
+        "One whole sample after the other until the probability of the answer reaches a threshold.",
+    ),
     f"{PLUS}: whole samples": (
         "decisions on the way",
         "It decides only when a sample has ended; none is paused or left behind.",

@@ -22,9 +22,10 @@ from ziprc.sampling.replay import Pool
 from ziprc.sampling.score import HEAD_INPUTS, TOKEN_INPUTS
 from ziprc.sampling.utility import Horizons
 from ziprc.sampling.zip_rc import JointCalibration, ZipRC
-from ziprc.sampling.zip_rc_plus import ZipRCPlus
+from ziprc.sampling.zip_rc_plus import FusedThreshold, ZipRCPlus
 
 PLUS, PUBLISHED = "zip-rc-plus", "zip-rc"
+LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 WHOLE = 1 << 20  # tokens between decisions when only whole samples are decided on
 
 
@@ -39,7 +40,9 @@ class Setting:
     @property
     def name(self) -> str:
         """The policy's name, with what differs from the defaults."""
-        every = f"/Δ{self.interval}" if self.interval != Setting.interval else ""
+        every = (
+            "" if self.interval == Setting.interval else "/whole" if self.interval == WHOLE else f"/Δ{self.interval}"
+        )
         return self.policy.name + every + (f"/w{self.window}" if self.window > 1 else "")
 
 
@@ -89,18 +92,22 @@ def ablations(fitted: Fitted, sweep: Sweep, pool: Pool, seed: int) -> Families:
         return Calibration.fit(pool, pool.joint, fitted.grid, seed, columns)
 
     sweep = replace(sweep, intervals=sweep.intervals[:1])  # one interval suffices to see what an idea is worth
+    compute_only = replace(sweep, alphas=sweep.alphas[-1:])  # searching them takes ten times as long
     best_of = replace(fitted.fused, vote=fitted.fused.vote.without_votes())
     return {
         f"{PLUS}: head alone": plus(fitted, sweep, seeing(HEAD_INPUTS)),
         f"{PLUS}: log-probs alone": plus(fitted, sweep, seeing(TOKEN_INPUTS)),
         f"{PLUS}: no latent difficulty": plus(fitted, sweep, latent=False),
         f"{PLUS}: whole samples": [Setting(s.policy, WHOLE) for s in plus(fitted, sweep)],
+        f"{PLUS}: threshold instead of utility": [
+            Setting(FusedThreshold(fitted.fused, fitted.grid, level), WHOLE) for level in LEVELS
+        ],
         f"{PLUS}: no pause": plus(fitted, sweep, can_pause=False),
         f"{PLUS}: no vote": plus(fitted, sweep, best_of),
         f"{PLUS}: four at a time": plus(fitted, sweep, width=4),
         f"{PUBLISHED}: marginals": published(fitted, sweep, independent=True),
         f"{PUBLISHED}: no horizon": published(fitted, sweep, horizons=Horizons.NONE),
-        f"{PUBLISHED}: own horizons": published(fitted, sweep, horizons=Horizons.PER_SAMPLE),
+        f"{PUBLISHED}: own horizons": published(fitted, compute_only, horizons=Horizons.PER_SAMPLE),
         f"{PUBLISHED}: no pause": published(fitted, sweep, can_pause=False),
         f"{PUBLISHED}: smoothed": published(fitted, sweep, window=sweep.window),
         f"{PUBLISHED}: {'un' if sweep.calibrated else ''}calibrated": published(

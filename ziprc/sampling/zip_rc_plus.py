@@ -17,6 +17,7 @@ chosen and as if errors of one prompt were independent. Shapes: P, S, K as in tr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,22 +41,72 @@ FORK_STRENGTH = 1.0
 
 
 @dataclass(frozen=True)
-class ZipRCPlus:
+class FusedScore:
+    """Policies that see P(right) of every branch and of every answer. `calibration` says how."""
+
+    calibration: Calibration
+    grid: BinGrid
+    signals: ClassVar[int] = 4
+
+    def read(self, joint: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, 4] log odds on the way, log odds if finished, expected remaining tokens, expected reward of the joint."""
+        own = self.calibration
+        x = own.inputs(joint, features, self.grid)
+        reward, remaining = joint_summary(joint, self.grid)
+        columns = [own.on_the_way.log_odds(x, features[:, f.TOKENS]), own.finished.log_odds(x), remaining, reward]
+        return np.stack(columns, -1).astype(np.float32)
+
+    def _log_odds(self, trees: Trees) -> Floats:
+        """[P, S] of a branch being right, from its own evidence and the prompt."""
+        return np.where(trees.finished, trees.signals[..., FINISHED], trees.signals[..., ON_THE_WAY]).astype(np.float64)
+
+    def _answers(self, trees: Trees) -> Floats:
+        """[P, S] probability that the answer of a finished branch is right."""
+        return self.calibration.vote.probabilities(trees, self._log_odds(trees), trees.root[:, ON_THE_WAY])
+
+    def expectations(self, trees: Trees) -> tuple[Floats, Floats]:
+        """P(right) and expected remaining tokens of every branch, [P, S] each."""
+        return expit(self._log_odds(trees)), np.where(trees.finished, 0.0, trees.signals[..., REMAINING])
+
+    def choose(self, trees: Trees) -> Choice:
+        found = self._answers(trees)
+        slot = np.where(found.max(-1) > 0, found.argmax(-1), trees.finished.argmax(-1))
+        return Choice(slot, np.take_along_axis(found, slot[:, None], 1)[:, 0])
+
+
+@dataclass(frozen=True)
+class FusedThreshold(FusedScore):
+    """Ablation: the same score without the utility. One whole sample after the other until P(right) reaches `level`."""
+
+    level: float = 0.9
+    can_branch: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return f"fused-threshold@{self.level:g}"
+
+    def decide(self, trees: Trees, interval: int) -> Decision:
+        decision = Decision.stop(trees)
+        decision.run = trees.unfinished
+        wanting = ~trees.unfinished.any(-1) & (self._answers(trees).max(-1) < self.level)
+        decision.start = (wanting & (trees.status == Status.FREE).any(-1)).astype(np.int64)
+        return decision
+
+
+@dataclass(frozen=True)
+class ZipRCPlus(FusedScore):
     """`price`: how much probability of a right answer one token must buy. `width`: branches in flight at most.
 
     Ablations: `latent=False`, failures of a prompt say nothing about its next sample; `can_pause=False`, a branch that is
     not continued is dropped for good.
     """
 
-    calibration: Calibration
-    grid: BinGrid
-    price: float
+    price: float = 1e-3
     width: int = 1
     can_branch: bool = False
     latent: bool = True
     can_pause: bool = True
     label: str = "zip-rc-plus"
-    signals: int = 4
 
     def __post_init__(self) -> None:
         if not self.price > 0 or self.width < 1:
@@ -64,13 +115,6 @@ class ZipRCPlus:
     @property
     def name(self) -> str:
         return f"{self.label}@{self.price:.2g}"
-
-    def read(self, joint: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
-        own = self.calibration
-        x = own.inputs(joint, features, self.grid)
-        reward, remaining = joint_summary(joint, self.grid)
-        columns = [own.on_the_way.log_odds(x, features[:, f.TOKENS]), own.finished.log_odds(x), remaining, reward]
-        return np.stack(columns, -1).astype(np.float32)
 
     def decide(self, trees: Trees, interval: int) -> Decision:
         decision = Decision.stop(trees)
@@ -133,20 +177,3 @@ class ZipRCPlus:
         failures = np.where(trees.finished, 1.0, np.where(trees.unfinished, lost, 0.0))
         total = failures.sum(-1, keepdims=True)
         return prior / (1 + total[:, 0] / kappa), prior[:, None] / (1 + (total - failures) / kappa)
-
-    def _log_odds(self, trees: Trees) -> Floats:
-        """[P, S] of a branch being right, from its own evidence and the prompt."""
-        return np.where(trees.finished, trees.signals[..., FINISHED], trees.signals[..., ON_THE_WAY]).astype(np.float64)
-
-    def _answers(self, trees: Trees) -> Floats:
-        """[P, S] probability that the answer of a finished branch is right."""
-        return self.calibration.vote.probabilities(trees, self._log_odds(trees), trees.root[:, ON_THE_WAY])
-
-    def expectations(self, trees: Trees) -> tuple[Floats, Floats]:
-        """P(right) and expected remaining tokens of every branch, [P, S] each."""
-        return expit(self._log_odds(trees)), np.where(trees.finished, 0.0, trees.signals[..., REMAINING])
-
-    def choose(self, trees: Trees) -> Choice:
-        found = self._answers(trees)
-        slot = np.where(found.max(-1) > 0, found.argmax(-1), trees.finished.argmax(-1))
-        return Choice(slot, np.take_along_axis(found, slot[:, None], 1)[:, 0])
