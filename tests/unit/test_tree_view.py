@@ -25,7 +25,8 @@ def row(decision: int, step: int, branch: int, length: int, status: str, action:
     return {
         "prompt_id": "dull", "policy": f"{POLICY}@0.01", "budget": "2", "decision": decision, "step": step,
         "branch_id": branch, "parent": -1, "fork": 0, "length": length, "status": status, "action": action,
-        "expected_reward": 0.5, "expected_remaining": 9.0, "tokens_spent": step, "utility": 0.02, "answer_number": -1, "signals": [0.0],
+        "expected_reward": 0.5, "expected_remaining": 9.0, "tokens_spent": step, "utility": 0.02,
+        "answer_number": -1, "signals": [0.0],
         "selected": False, **more,
     }  # fmt: skip
 

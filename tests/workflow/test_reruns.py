@@ -11,7 +11,8 @@ from ziprc.artifacts import digest_file
 
 pytestmark = pytest.mark.slow
 
-BELOW_ZIPRC = {"introspection", "rollouts", "grades", "evaluate", "report", "train_joint"}
+SAMPLERS = {"calibration", "frontier", "samples", "report"}  # what is made of the pools
+BELOW_ZIPRC = {"introspection", "rollouts", "grades", "evaluate", "train_joint"} | SAMPLERS
 
 
 def stages(jobs: list[str]) -> set[str]:
@@ -35,7 +36,7 @@ def test_kl_of_the_final_head_reruns_that_head_and_what_depends_on_it(built: Wor
 
 def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
     assert stages(built.planned("grades.timeout_s=9")) == {
-        "grades", "train_joint", "values", "introspection", "rollouts", "baselines", "evaluate", "report",
+        "grades", "train_joint", "values", "introspection", "rollouts", "baselines", "evaluate", *SAMPLERS,
     }  # fmt: skip
     assert not any(job.startswith("rollouts: responses for train") for job in built.planned("grades.timeout_s=9"))
 
@@ -47,14 +48,22 @@ def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> No
 
 def test_the_validation_side_is_the_pool_alone(built: Workplace) -> None:
     jobs = built.planned("prompts.validation=20")
-    assert stages(jobs) == {"prompts", "rollouts", "grades", "introspection"}
-    assert all("validation" in job for job in jobs)
+    recorded = {"prompts", "rollouts", "grades", "introspection"}
+    assert stages(jobs) == recorded | SAMPLERS
+    assert all("validation" in job for job in jobs if job.partition(":")[0] in recorded)
 
 
 def test_a_larger_pool_reruns_the_pools_and_what_is_read_from_them(built: Workplace) -> None:
     jobs = built.planned("rollouts.pool_samples=4")
-    assert stages(jobs) == {"rollouts", "grades", "introspection", "evaluate", "report"}
-    assert all("validation-ziprc" in job or "test-ziprc" in job for job in jobs if job[:4] not in ("eval", "repo"))
+    recorded = {"rollouts", "grades", "introspection"}
+    assert stages(jobs) == recorded | SAMPLERS | {"evaluate"}
+    pools = [job for job in jobs if job.partition(":")[0] in recorded]
+    assert all("validation-ziprc" in job or "test-ziprc" in job for job in pools)
+
+
+def test_sampling_keys_leave_everything_before_them_alone(built: Workplace) -> None:
+    assert stages(built.planned("samples.prompts=3")) == {"samples", "report"}
+    assert stages(built.planned("frontier.orders=3")) == {"frontier", "samples", "report"}
 
 
 def test_a_deleted_artifact_is_rebuilt_alone_and_comes_out_the_same(workplace: Workplace) -> None:
