@@ -564,7 +564,8 @@ def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
     row = {
         "prompt_id": "p", "policy": "zip-rc", "budget": "2", "decision": 0, "step": 31, "branch_id": 0, "parent": -1,
         "fork": 0, "length": 31, "status": "finished", "action": "stop", "expected_reward": 0.5, "expected_remaining": 0.0,
-        "tokens_spent": 47, "utility": 0.1, "signals": [0.5], "selected": True, "answer": "7", "score": 1.0,
+        "tokens_spent": 47, "utility": 0.1, "answer_number": 0,
+        "signals": [0.5], "selected": True, "answer": "7", "score": 1.0,
         "probability": 0.75, "prefill": 9,
     }  # fmt: skip
     path = experiment.layout.table("samples", "zip-rc")
