@@ -17,7 +17,15 @@ from ziprc.sampling.replay import Played, pool_orders, replay
 from ziprc.sampling.score import INPUTS, Logistic, Stages, joint_summary
 from ziprc.sampling.selection import VoteModel
 from ziprc.sampling.tree import ROOT, Status, Trees
-from ziprc.sampling.zip_rc_plus import FINISHED, FORK_STRENGTH, ON_THE_WAY, REMAINING, VALUE, ZipRCPlus
+from ziprc.sampling.zip_rc_plus import (
+    FINISHED,
+    FORK_STRENGTH,
+    ON_THE_WAY,
+    REMAINING,
+    VALUE,
+    FusedThreshold,
+    ZipRCPlus,
+)
 
 SLOTS, STRENGTH, PRICE = 5, 2.0, 0.005
 FLAT = Logistic((0.0,), (1.0,), (0.0, 0.0), 0.0)  # not looked at: signals are written by hand
@@ -337,3 +345,18 @@ def test_what_it_knows_pays():
     """Against random choices at the same cost it could only tie: here the joint foretells, so it must be better."""
     single, adaptive = play(1e9), play(0.005)
     assert adaptive.score.mean() > single.score.mean() + 0.1
+
+
+def threshold(branches: Sequence[Branch], level: float, most: int) -> Decision:
+    return FusedThreshold(BY_HAND, GRID, level, most).decide(trees_of(branches), 8)
+
+
+def test_the_threshold_ablation_samples_one_by_one_until_an_answer_is_likely_enough():
+    assert threshold([running(0.1)], 0.7, 4).run[0, 0] and threshold([running(0.1)], 0.7, 4).start[0] == 0
+    assert threshold([finished(0.3)], 0.7, 4).start[0] == 1
+    assert not threshold([finished(0.95)], 0.7, 4).going[0]
+
+
+def test_the_threshold_ablation_gives_up_after_its_most_samples():
+    assert threshold([finished(0.3)], 0.7, 2).going[0]
+    assert not threshold([finished(0.3), finished(0.2, answer=1)], 0.7, 2).going[0]

@@ -25,7 +25,8 @@ from ziprc.sampling.zip_rc import JointCalibration, ZipRC
 from ziprc.sampling.zip_rc_plus import FusedThreshold, ZipRCPlus
 
 PLUS, PUBLISHED = "zip-rc-plus", "zip-rc"
-LEVELS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+MOST_SAMPLES = (2, 3, 4, 8, 16, 24)
 WHOLE = 1 << 20  # tokens between decisions when only whole samples are decided on
 
 
@@ -100,7 +101,9 @@ def ablations(fitted: Fitted, sweep: Sweep, pool: Pool, seed: int) -> Families:
         f"{PLUS}: no latent difficulty": plus(fitted, sweep, latent=False),
         f"{PLUS}: whole samples": [Setting(s.policy, WHOLE) for s in plus(fitted, sweep)],
         f"{PLUS}: threshold instead of utility": [
-            Setting(FusedThreshold(fitted.fused, fitted.grid, level), WHOLE) for level in LEVELS
+            Setting(FusedThreshold(fitted.fused, fitted.grid, level, most), WHOLE)
+            for level in LEVELS
+            for most in MOST_SAMPLES
         ],
         f"{PLUS}: no pause": plus(fitted, sweep, can_pause=False),
         f"{PLUS}: no vote": plus(fitted, sweep, best_of),

@@ -76,20 +76,23 @@ class FusedScore:
 
 @dataclass(frozen=True)
 class FusedThreshold(FusedScore):
-    """Ablation: the same score without the utility. One whole sample after the other until P(right) reaches `level`."""
+    """Ablation: the same score without the utility. One whole sample after the other, `most` in all, until P(right) reaches
+    `level`."""
 
     level: float = 0.9
+    most: int = 1 << 10
     can_branch: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
-        return f"fused-threshold@{self.level:g}"
+        return f"fused-threshold@{self.most}/{self.level:g}"
 
     def decide(self, trees: Trees, interval: int) -> Decision:
         decision = Decision.stop(trees)
         decision.run = trees.unfinished
         wanting = ~trees.unfinished.any(-1) & (self._answers(trees).max(-1) < self.level)
-        decision.start = (wanting & (trees.status == Status.FREE).any(-1)).astype(np.int64)
+        wanting &= trees.used.sum(-1) < min(self.most, trees.slots)
+        decision.start = wanting.astype(np.int64)
         return decision
 
 
