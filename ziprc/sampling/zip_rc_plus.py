@@ -35,8 +35,8 @@ ON_THE_WAY, FINISHED, REMAINING, VALUE = range(4)  # signals
 MOST_LOG_ODDS = 30.0  # of a prompt: beyond it 1 - p is lost in rounding
 Floats = NDArray[np.float64]
 
-# How much a failure after a prefix says about the prefix: Beta strength, as `strength` is for prompts. Few, since the
-# estimate of a prefix misses what went wrong before; three values were tried on toy validation prompts.
+# How much a failure after a prefix says about the prefix: Beta strength, as `strength` is for prompts. Small, since the
+# estimate of a prefix misses what went wrong before; with the strength of prompts (11 at toy) forks repeat their errors.
 FORK_STRENGTH = 1.0
 
 
