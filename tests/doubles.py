@@ -31,6 +31,7 @@ from ziprc.schemas import FinishReason, make_table, write_table
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 8, 16, 32, 64))
 ROWS = 320
+TIGHT_BLOCKS = 40  # of 32 tokens
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -65,6 +66,28 @@ def tiny_checkpoint(folder: Path, joint: bool = True, seed: int = 0, grid: BinGr
     head = JointHead(derive_layout(tokenizer, ROWS, grid.size, model.generation_config), grid) if joint else None
     save_checkpoint(folder, model, tokenizer, {"params": {"seed": seed}, "parents": {}}, head)
     return folder
+
+
+def small_qwen3(folder: Path, rows: int) -> Path:
+    """A random Qwen3 without a tokenizer, with heads that vLLM can run on a CPU; the same weights every time."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=rows, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
+        eos_token_id=5, bos_token_id=None,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tight(engine: type) -> type:
+    """An engine class whose KV cache is too small for its batch: requests are preempted and computed again."""
+
+    class Tight(engine):  # type: ignore[misc]
+        def _arguments(self) -> dict[str, Any]:
+            return {**super()._arguments(), "num_gpu_blocks_override": TIGHT_BLOCKS}
+
+    return Tight
 
 
 def _write(layout: Layout, kind: str, name: str, table: pa.Table) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tests.doubles import small_qwen3
 from tests.properties.test_live import GRID, BranchOnce, Erratic, equal_to_replay, pool_of, whole_responses, zip_rc_plus
 from ziprc.config import Sampling
 from ziprc.engines.base import Engine, EngineSettings, make_engine
@@ -19,7 +17,7 @@ from ziprc.joint.checkpoint import JointHead
 from ziprc.joint.vocabulary import VocabLayout
 from ziprc.sampling import baselines as b
 from ziprc.sampling.controller import Budget, Controller, Policy
-from ziprc.sampling.live import Answered, Question, Runner, run_live
+from ziprc.sampling.live import Answered, Question, Runner
 from ziprc.sampling.tree import ROOT, Status
 
 pytest.importorskip("vllm")
@@ -34,14 +32,7 @@ JOINT_TOLERANCE, SCORE_TOLERANCE = 1e-5, 1e-4  # as in test_sessions
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
-    folder: Path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, vocab_size=VOCAB, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
-        eos_token_id=5, bos_token_id=None,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    folder = small_qwen3(tmp_path_factory.mktemp("model"), VOCAB)
     head = JointHead(VocabLayout(VOCAB, TEXT, TEXT, GRID.size), GRID)
     sampling = Sampling(temperature=0.8, min_p=0.02)
     return EngineSettings(folder, sampling, STOPS, ((TEXT, VOCAB),), MAX_MODEL_LEN, joint=head, max_num_seqs=64)
@@ -73,7 +64,7 @@ def live(
     settings = {"window": 2, "max_new_tokens": CAP, "cells": GRID.size, "in_flight": 8, **options}
     session = engine.session()
     try:
-        return sorted(run_live(session, controller, asked, answer_of, **settings), key=lambda one: one.index)
+        return sorted(Runner(session, controller, asked, answer_of, **settings).run(), key=lambda one: one.index)
     finally:
         session.close()
 

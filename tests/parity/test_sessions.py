@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tests.doubles import small_qwen3, tight
 from ziprc.config import Sampling
 from ziprc.engines.base import Engine, EngineSettings, Request, Session, Step, make_engine
 from ziprc.errors import UserError
@@ -29,27 +29,11 @@ from ziprc.engines.vllm import BLOCK_TOKENS, VLLMEngine
 TEXT, JOINT_ROWS, VOCAB = 352, 16, 384
 SEATS = 24  # fewer than the requests, so that some wait
 JOINT_TOLERANCE, SCORE_TOLERANCE = 1e-5, 1e-4  # float32, sums in another order; scores are up to 10 nats
-# Few enough KV blocks (of 32 tokens) that the responses in flight push each other out.
-TIGHT_BLOCKS = 40
-
-
-class TightEngine(VLLMEngine):
-    """An engine whose KV cache is too small for its batch, so that requests are preempted and computed again."""
-
-    def _arguments(self) -> dict[str, Any]:
-        return {**super()._arguments(), "num_gpu_blocks_override": TIGHT_BLOCKS}
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, vocab_size=VOCAB, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
-        eos_token_id=5, bos_token_id=None,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    folder = small_qwen3(tmp_path_factory.mktemp("model"), VOCAB)
     head = JointHead(VocabLayout(VOCAB, TEXT, TEXT, JOINT_ROWS), BinGrid((0.0, 1.0), tuple(range(0, 72, 8))))
     sampling = Sampling(temperature=0.8, min_p=0.02)  # so that tempered or filtered scores would differ
     return EngineSettings(folder, sampling, (5, 9), ((TEXT, VOCAB),), max_model_len=256, joint=head, max_num_seqs=SEATS)
@@ -60,7 +44,7 @@ def engines(settings: EngineSettings) -> Iterator[dict[str, Engine]]:
     """All engines of this module, held to the end: when a vLLM engine is closed, every other of its process dies."""
     every: dict[str, Engine] = {
         "vllm": VLLMEngine(settings),
-        "tight": TightEngine(settings),
+        "tight": tight(VLLMEngine)(settings),
         "no joint": VLLMEngine(replace(settings, joint=None)),
         "hf": make_engine("hf", settings),
     }

@@ -19,7 +19,7 @@ from ziprc.sampling import baselines as b
 from ziprc.sampling import features
 from ziprc.sampling.calibration import Calibration
 from ziprc.sampling.controller import NONE, Budget, Choice, Controller, Decision, Policy
-from ziprc.sampling.live import Answered, Answers, Decided, Event, Question, Runner, run_live
+from ziprc.sampling.live import Answered, Answers, Decided, Event, Question, Runner
 from ziprc.sampling.replay import Pool, replay, track
 from ziprc.sampling.score import Logistic, Stages
 from ziprc.sampling.selection import VoteModel
@@ -186,7 +186,7 @@ def case(seed: int) -> Case:
 def played(case: Case, session: ScriptedSession | None = None, **options: Any) -> list[Answered]:
     """In the order of the questions."""
     session = session or Watched(case.script, case.seed)
-    found = list(run_live(session, case.controller, case.questions, answer_of, **case.settings, **options))
+    found = list(Runner(session, case.controller, case.questions, answer_of, **case.settings, **options).run())
     return sorted(found, key=lambda one: one.index)
 
 
@@ -550,7 +550,7 @@ def test_an_answer_that_cannot_be_read_fails_its_prompt_only(calm: Case) -> None
 
     session = ScriptedSession(calm.script)
     found = sorted(
-        run_live(session, calm.controller, calm.questions, brittle, **calm.settings), key=lambda one: one.index
+        Runner(session, calm.controller, calm.questions, brittle, **calm.settings).run(), key=lambda one: one.index
     )
     untouched(found, calm, {GUILTY})
     assert found[GUILTY].error == "Prompt q2: its answer could not be read: ValueError: not a number"
@@ -585,7 +585,7 @@ def test_settings_that_cannot_work_are_refused(calm: Case, setting: dict[str, in
 
 def test_whoever_stops_listening_leaves_nothing_in_flight(calm: Case) -> None:
     session = ScriptedSession(calm.script)
-    answers = run_live(session, calm.controller, calm.questions, answer_of, **calm.settings)
+    answers = Runner(session, calm.controller, calm.questions, answer_of, **calm.settings).run()
     next(answers)
     answers.close()  # type: ignore[attr-defined]
     assert not session.rows

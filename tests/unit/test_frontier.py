@@ -39,7 +39,7 @@ from ziprc.sampling import baselines as b
 from ziprc.sampling.calibration import Fitted
 from ziprc.sampling.controller import NONE, Budget, Controller, Policy
 from ziprc.sampling.families import PLUS, PUBLISHED, Setting, ablations, competitors, live_setting, ours, single
-from ziprc.sampling.live import Answered, run_live
+from ziprc.sampling.live import Answered, Runner
 from ziprc.sampling.replay import pool_orders
 from ziprc.sampling.tree import ROOT, Status, Trees
 from ziprc.sampling.zip_rc_plus import ZipRCPlus
@@ -338,7 +338,7 @@ def live(policy: Policy, interval: int = 3, slots: int = LIVE_BRANCHES, fail: An
     script, asked = Script(stop=0.06), questions(np.random.default_rng(1), ASKED)
     controller = Controller(policy, Budget(branches=slots, interval=interval))
     settings: dict[str, Any] = {"window": 2, "max_new_tokens": CAP, "cells": LIVE_GRID.size, "in_flight": 5}
-    found = run_live(ScriptedSession(script, fail=fail), controller, asked, answer_of, **settings)
+    found = Runner(ScriptedSession(script, fail=fail), controller, asked, answer_of, **settings).run()
     return sorted(found, key=lambda one: one.index)
 
 

@@ -149,6 +149,7 @@ class HFEngine:
         self.stops = frozenset(settings.stop_token_ids)
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
+        """As `Engine.generate`."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_token_ids))
         responses: dict[int, Response] = {}
         for start in range(0, len(order), self.settings.max_num_seqs):
@@ -245,6 +246,7 @@ class HFSession:
 
     @torch.inference_mode()
     def step(self) -> Step | None:
+        """As `Session.step`."""
         batch = self.rows[: self.engine.settings.max_num_seqs]
         if not batch:
             return None

@@ -122,6 +122,7 @@ class VLLMEngine:
             raise UserError(f"vLLM refused to start with {settings.model}: {error}") from error
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
+        """As `Engine.generate`."""
         self._start(self._readout)
         for number, request in enumerate(requests):
             self._add(request, number)
@@ -242,6 +243,7 @@ class VLLMSession:
         self._forget(gone)
 
     def step(self) -> Step | None:
+        """As `Session.step`."""
         while self._by_id:
             outputs = [output for output in self._core_outputs() if output.request_id in self._by_id]
             if outputs:  # a step that only prefills a part of a prompt, or that fills a queue, has none

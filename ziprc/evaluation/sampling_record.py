@@ -81,6 +81,7 @@ class Arena:
 
 
 def arena(own: Frontier, fitted: Fitted, validation: RecordedPool, test: RecordedPool, seed: int) -> Arena:
+    """Both pools in random orders, budgets in tokens from one plain sample, and the draws of the bootstrap."""
     players = []
     for number, recorded in enumerate((validation, test)):
         count = own.orders if number else max(1, own.orders // 2)

@@ -94,6 +94,7 @@ class Experiment:
 
     @classmethod
     def around(cls, checkpoint: Path) -> Experiment:
+        """Read the manifests of the experiment that a checkpoint folder belongs to."""
         folder = checkpoint.resolve()
         if folder.parent.name != "checkpoints":
             return cls()

@@ -291,6 +291,7 @@ class Lines:
         print(*lines, sep="\n", file=self.out, flush=True)
 
     def hear(self, event: Event) -> None:
+        """Print what one decision changed, finished branches first."""
         self.view.hear(event)
         for line in self.view.lines:
             if line.status == "finished" and line.slot not in self.finished:

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -567,13 +567,6 @@ class Runner:
         question = self.questions[index]
         text = f"Prompt {question.key}: never started, the engine had failed before: {_text(error)}"
         return Answered(index, question, (), NONE, 0.0, 0, 0, 0, 0.0, [], text, self._alone.pop(index, 0))
-
-
-def run_live(
-    session: Session, controller: Controller, questions: Sequence[Question], answer_of: Answers, **settings: Any
-) -> Iterator[Answered]:
-    """Answers as they are found; `settings` as for `Runner`, which also keeps the time."""
-    return Runner(session, controller, questions, answer_of, **settings).run()
 
 
 T = TypeVar("T", Trees, Decision, Applied)
