@@ -20,6 +20,7 @@ from ziprc.artifacts import Layout
 from ziprc.config import Config
 from ziprc.errors import UserError, nearest
 from ziprc.plan import missing
+from ziprc.stages.context import disk_errors_explained
 
 TRAINING_STAGES = ("base", "train_joint")
 
@@ -108,7 +109,8 @@ def build(options: argparse.Namespace, config: Config) -> int:
     layout = Layout(options.results, options.experiment)
     if options.dry_run:
         return subprocess.call(snakemake_command(options, "--dry-run", *(options.targets or ["all"])))
-    lock = lock_experiment(layout.home)
+    with disk_errors_explained(layout.home):
+        lock = lock_experiment(layout.home)
     steps = [options.targets] if options.targets else [missing(config, layout), ["all"]]
     for targets in filter(None, steps):
         code = subprocess.call(snakemake_command(options, "--nolock", *targets), pass_fds=[lock])
