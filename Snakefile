@@ -13,6 +13,12 @@ from pathlib import Path
 from ziprc import config as settings
 from ziprc.artifacts import Layout, manifest_of
 from ziprc.code import code_digest
+from ziprc.needs import (
+    check_sites,
+    resource_names,
+    resources as asked,
+    threads as granted,
+)
 from ziprc.plan import artifact_names
 
 CONFIG_FILE = Path(
@@ -21,6 +27,7 @@ CONFIG_FILE = Path(
 OVERRIDES = str(config.get("set", "")).split()
 EXPERIMENT = config.get("experiment", "smoke")
 HOME = "results/{experiment}"
+SITES = check_sites(config.get("classes", {}))
 SET = f"--set {' '.join(OVERRIDES)}" if OVERRIDES else ""
 RUN = "ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
 
@@ -39,10 +46,34 @@ def code(rule):
     return lambda w: code_digest(rule, resolved(w.experiment).prompts.task)
 
 
-def runtime(key):
-    return lambda w, attempt: getattr(resolved(w.experiment).runtime, key) * (
-        attempt if key == "mem_mb" else 1
-    )
+def class_of(wanted, w):
+    """The class of machine that a rule wants: `cpu`, `gpu`, `big-gpu`, or what a function of the experiment says."""
+    return wanted(resolved(w.experiment)) if callable(wanted) else wanted
+
+
+def cores(wanted):
+    return lambda w: granted(class_of(wanted, w), resolved(w.experiment).runtime, SITES)
+
+
+def needs(wanted):
+    """Resources of a rule; ziprc/needs.py says how they follow from the class, the experiment and the site."""
+
+    def ask(name):
+        return lambda w, attempt: asked(
+            class_of(wanted, w), resolved(w.experiment).runtime, SITES, attempt
+        ).get(name)
+
+    return {name: ask(name) for name in resource_names(SITES)}
+
+
+def trained(experiment):
+    """`base` trains a model only from scratch; otherwise it copies one."""
+    return "big-gpu" if experiment.base.model == "scratch" else "cpu"
+
+
+def judged(experiment):
+    """`grades` needs a GPU only for a judge."""
+    return "gpu" if experiment.grades.judge else "cpu"
 
 
 def table(kind, name="{name}"):
@@ -81,16 +112,16 @@ rule prompts:
         f"{HOME}/logs/prompts-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/prompts-{{name}}.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("prompts"),
         code=code("prompts"),
     message:
         "prompts: what is asked, split {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 rule base:
@@ -100,17 +131,16 @@ rule base:
         f"{HOME}/logs/base-base.log",
     benchmark:
         f"{HOME}/benchmarks/base-base.tsv"
+    threads: cores(trained)
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs(trained),
     params:
         section=section("base", "base"),
         code=code("base"),
     message:
         "base: the policy to start from, {wildcards.experiment}"
     shell:
-        RUN + "base > {log} 2>&1"
+        RUN + "base >> {log} 2>&1"
 
 
 rule rollouts:
@@ -125,17 +155,16 @@ rule rollouts:
         f"{HOME}/logs/rollouts-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/rollouts-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("rollouts"),
         code=code("rollouts"),
     message:
         "rollouts: responses for {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 rule grades:
@@ -148,17 +177,16 @@ rule grades:
         f"{HOME}/logs/grades-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/grades-{{name}}.tsv"
+    threads: cores(judged)
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs(judged),
     params:
         section=section("grades"),
         code=code("grades"),
     message:
         "grades: is the answer right? {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 def labels(w):
@@ -178,10 +206,9 @@ rule train_joint:
         f"{HOME}/logs/train_joint-{{head}}.log",
     benchmark:
         f"{HOME}/benchmarks/train_joint-{{head}}.tsv"
+    threads: cores("big-gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("big-gpu"),
     params:
         section=lambda w: settings.params_of(
             resolved(w.experiment), "train_joint", w.head
@@ -190,7 +217,7 @@ rule train_joint:
     message:
         "train_joint: the joint head {wildcards.head} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.head} > {log} 2>&1"
+        RUN + "{wildcards.head} >> {log} 2>&1"
 
 
 rule values:
@@ -205,17 +232,16 @@ rule values:
         f"{HOME}/logs/values-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/values-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("values"),
         code=code("values"),
     message:
         "values: what the critics expect, {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 rule introspection:
@@ -228,17 +254,16 @@ rule introspection:
         f"{HOME}/logs/introspection-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/introspection-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("introspection"),
         code=code("introspection"),
     message:
         "introspection: what {wildcards.name} expects at every token of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 rule baselines:
@@ -252,17 +277,16 @@ rule baselines:
         f"{HOME}/logs/baselines-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/baselines-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("baselines"),
         code=code("baselines"),
     message:
         "baselines: honest competitors, {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 rule calibration:
@@ -279,16 +303,16 @@ rule calibration:
         f"{HOME}/logs/calibration-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/calibration-{{name}}.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("calibration"),
         code=code("calibration"),
     message:
         "calibration: what samplers of {wildcards.name} need, fitted on validation prompts, {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 rule frontier:
@@ -305,16 +329,16 @@ rule frontier:
         f"{HOME}/logs/frontier-frontier.log",
     benchmark:
         f"{HOME}/benchmarks/frontier-frontier.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("frontier", "frontier"),
         code=code("frontier"),
     message:
         "frontier: accuracy against tokens of all samplers, {wildcards.experiment}"
     shell:
-        RUN + "frontier > {log} 2>&1"
+        RUN + "frontier >> {log} 2>&1"
 
 
 rule samples:
@@ -329,17 +353,16 @@ rule samples:
         f"{HOME}/logs/samples-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/samples-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("samples"),
         code=code("samples"),
     message:
         "samples: adaptive sampling live, {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} > {log} 2>&1"
+        RUN + "{wildcards.name} >> {log} 2>&1"
 
 
 def heads(w):
@@ -365,17 +388,16 @@ rule evaluate:
         f"{HOME}/logs/evaluate-metrics.log",
     benchmark:
         f"{HOME}/benchmarks/evaluate-metrics.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("evaluate", "metrics"),
         code=code("evaluate"),
     message:
         "evaluate: what the numbers mean, {wildcards.experiment}"
     shell:
-        RUN + "metrics > {log} 2>&1"
+        RUN + "metrics >> {log} 2>&1"
 
 
 rule report:
@@ -393,13 +415,13 @@ rule report:
         f"{HOME}/logs/report-report.log",
     benchmark:
         f"{HOME}/benchmarks/report-report.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("report", "report"),
         code=code("report"),
     message:
         "report: the page, {wildcards.experiment}"
     shell:
-        RUN + "report > {log} 2>&1"
+        RUN + "report >> {log} 2>&1"
