@@ -121,7 +121,7 @@ rule prompts:
     message:
         "prompts: what is asked, split {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule base:
@@ -140,7 +140,7 @@ rule base:
     message:
         "base: the policy to start from, {wildcards.experiment}"
     shell:
-        RUN + "base >> {log} 2>&1"
+        RUN + "base > {log} 2>&1"
 
 
 rule rollouts:
@@ -164,7 +164,7 @@ rule rollouts:
     message:
         "rollouts: responses for {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule grades:
@@ -186,7 +186,7 @@ rule grades:
     message:
         "grades: is the answer right? {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 def labels(w):
@@ -217,7 +217,7 @@ rule train_joint:
     message:
         "train_joint: the joint head {wildcards.head} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.head} >> {log} 2>&1"
+        RUN + "{wildcards.head} > {log} 2>&1"
 
 
 rule values:
@@ -241,7 +241,7 @@ rule values:
     message:
         "values: what the critics expect, {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule introspection:
@@ -263,7 +263,7 @@ rule introspection:
     message:
         "introspection: what {wildcards.name} expects at every token of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule baselines:
@@ -286,7 +286,7 @@ rule baselines:
     message:
         "baselines: honest competitors, {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule calibration:
@@ -312,7 +312,7 @@ rule calibration:
     message:
         "calibration: what samplers of {wildcards.name} need, fitted on validation prompts, {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule frontier:
@@ -338,7 +338,7 @@ rule frontier:
     message:
         "frontier: accuracy against tokens of all samplers, {wildcards.experiment}"
     shell:
-        RUN + "frontier >> {log} 2>&1"
+        RUN + "frontier > {log} 2>&1"
 
 
 rule samples:
@@ -362,7 +362,7 @@ rule samples:
     message:
         "samples: adaptive sampling live, {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.name} >> {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 def heads(w):
@@ -397,7 +397,7 @@ rule evaluate:
     message:
         "evaluate: what the numbers mean, {wildcards.experiment}"
     shell:
-        RUN + "metrics >> {log} 2>&1"
+        RUN + "metrics > {log} 2>&1"
 
 
 rule report:
@@ -424,4 +424,4 @@ rule report:
     message:
         "report: the page, {wildcards.experiment}"
     shell:
-        RUN + "report >> {log} 2>&1"
+        RUN + "report > {log} 2>&1"
