@@ -7,6 +7,7 @@ folder, asks here first. Jobs are known by their working folder, which the execu
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import getpass
 import os
@@ -23,6 +24,7 @@ import psutil
 from ziprc.errors import UserError
 
 SECONDS_FOR_AN_ANSWER = 30  # of squeue and sacct; a busy controller takes some
+NO_CLUSTER = "Could not establish a configuration source"  # SLURM's commands, installed without a configuration
 SECONDS_BETWEEN_LOOKS = 10
 SECONDS_BETWEEN_LINES = 60
 OURS = re.compile(r"ziprc\.stages\.|-m snakemake\b|bin/snakemake\b|ziprc\.cli (build|run)\b|bin/ziprc (build|run)\b")
@@ -63,9 +65,9 @@ class SlurmJob:
 
 
 def _answer(*command: str) -> str | None:
-    """What a command of SLURM prints; None where SLURM is not installed.
+    """What a command of SLURM prints; None on a machine that belongs to no cluster.
 
-    Raises UserError when it is there but does not answer: then nobody knows what is alive.
+    Raises UserError when there is a cluster that does not answer: then nobody knows what is alive.
     """
     if shutil.which(command[0]) is None:
         return None
@@ -73,6 +75,8 @@ def _answer(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_FOR_AN_ANSWER, check=False)
     except subprocess.TimeoutExpired:
         raise UserError(f"`{command[0]}` gave no answer in {SECONDS_FOR_AN_ANSWER} s. Try again later.") from None
+    if NO_CLUSTER in done.stderr:
+        return None
     if done.returncode:
         raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip() or f'exit code {done.returncode}'}.")
     return done.stdout
@@ -98,33 +102,15 @@ def parse_jobs(listing: str) -> list[SlurmJob]:
 def slurm_jobs(folder: Path, experiment: str | None = None) -> list[SlurmJob]:
     """Jobs of this user that work in `folder`, of one experiment or of all; none where there is no SLURM.
 
-    Raises UserError when SLURM is installed, has a configuration, and does not answer.
+    Raises UserError when there is a cluster that does not answer.
     """
-    if not _has_slurm():
-        return []
     listing = _answer("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%Z|%k") or ""
-    here = [job for job in parse_jobs(listing) if _same_folder(job.folder, folder)]
+    here = [job for job in parse_jobs(listing) if _same_path(job.folder, folder)]
     return [job for job in here if experiment is None or job.belongs_to(experiment)]
 
 
-def _has_slurm() -> bool:
-    """Whether this machine belongs to a cluster: the commands alone may be installed anywhere."""
-    configured = os.environ.get("SLURM_CONF") or Path("/etc/slurm/slurm.conf").exists()
-    return shutil.which("squeue") is not None and bool(configured or _controller_answers())
-
-
-def _controller_answers() -> bool:
-    """A cluster may hand out its configuration over the network."""
-    try:
-        return subprocess.run(["sinfo", "--version"], capture_output=True, timeout=5, check=False).returncode == 0 and (
-            subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=5, check=False).returncode == 0
-        )
-    except subprocess.TimeoutExpired:
-        return False
-
-
-def _same_folder(text: str, folder: Path) -> bool:
-    return os.path.realpath(text) == os.path.realpath(folder)
+def _same_path(text: str, path: Path) -> bool:
+    return os.path.realpath(text) == os.path.realpath(path)
 
 
 def processes(folder: Path) -> list[Living]:
@@ -134,7 +120,7 @@ def processes(folder: Path) -> list[Living]:
     for process in psutil.process_iter():
         try:
             command = " ".join(process.cmdline())
-            if process.pid in family or not OURS.search(command) or not _same_folder(process.cwd(), folder):
+            if process.pid in family or not OURS.search(command) or not _same_path(process.cwd(), folder):
                 continue
             if "SLURM_JOB_ID" not in process.environ():
                 found.append(Living(f"process {process.pid}: {_short(command)}", f"kill {process.pid}"))
@@ -160,8 +146,16 @@ def locks(results: Path) -> Iterator[Path]:
 
 
 def _holder(lock: Path) -> Living:
-    pid = lock.read_text().strip()
-    return Living(f"the lock {lock} is held, by process {pid or 'unknown'} of this or another machine", f"kill {pid}")
+    """Who has a lock file open: a process of this machine that says so, or else one of another."""
+    for process in psutil.process_iter():
+        try:
+            if any(_same_path(opened.path, lock) for opened in process.open_files()):
+                command = " ".join(process.cmdline())
+                return Living(f"process {process.pid}, which holds {lock}: {_short(command)}", f"kill {process.pid}")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    written = lock.read_text().strip() or "unknown"
+    return Living(f"{lock} is held from another machine, by process {written}", f"kill {written}")
 
 
 def everything(folder: Path, results: Path) -> list[Living]:
@@ -173,10 +167,11 @@ def everything(folder: Path, results: Path) -> list[Living]:
 def wait_for_jobs(folder: Path, experiment: str, say: Callable[[str], None] = print) -> None:
     """Return when no SLURM job of an earlier run of this experiment is left; says now and then what it waits for.
 
-    Ctrl-C ends the waiting, not the jobs.
+    A controller that is away for a while ends neither the jobs nor the waiting; Ctrl-C ends the waiting alone.
     """
+    jobs = slurm_jobs(folder, experiment)
     next_line = 0.0
-    while jobs := slurm_jobs(folder, experiment):
+    while jobs:
         if time.monotonic() >= next_line:
             names = ", ".join(f"{job.number} ({job.task}, {job.state.lower()})" for job in jobs)
             say(
@@ -185,3 +180,5 @@ def wait_for_jobs(folder: Path, experiment: str, say: Callable[[str], None] = pr
             )
             next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         time.sleep(SECONDS_BETWEEN_LOOKS)
+        with contextlib.suppress(UserError):
+            jobs = slurm_jobs(folder, experiment)

@@ -14,7 +14,12 @@ from ziprc.config import Runtime
 from ziprc.errors import UserError, nearest
 
 CLASSES = ("cpu", "gpu", "big-gpu")
-OWN = ("threads", "gres", "max_mem_mb", "max_runtime")  # keys of a class that are not resources of the plugin as they are
+OWN = (
+    "threads",
+    "gres",
+    "max_mem_mb",
+    "max_runtime",
+)  # keys of a class that are not resources of the plugin as they are
 ASKED = ("mem_mb", "runtime", "gpus", "gres", "nodes", "tasks", "tasks_per_gpu", "mpi")
 
 Sites = Mapping[str, Mapping[str, Any]]

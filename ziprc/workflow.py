@@ -201,6 +201,8 @@ def build(options: argparse.Namespace, config: Config) -> int:
     except KeyboardInterrupt:
         print(f"\n{options.experiment}: stopped waiting; the SLURM jobs go on.")
         return 130
+    except UserError as error:
+        print(f"{options.experiment}: whether an earlier run left SLURM jobs is not known. {error}", file=sys.stderr)
     steps = [options.targets] if options.targets else [missing(config, layout), ["all"]]
     for targets in filter(None, steps):
         code = call_to_the_end(snakemake_command(options, "--nolock", *targets), pass_fds=[lock])
