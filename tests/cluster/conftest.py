@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from tests.workflow.conftest import MICRO, ROOT, Workplace, environment
 
 SCRIPT = Path(__file__).with_name("slurm.sh")
 PROFILE = ROOT / "profiles" / "slurm" / "config.yaml"
+
+DAEMONS = re.compile(r"\bslurm(ctld|d|stepd|scriptd)\b")
 
 # What the tests change in the profile that users get: a small machine, where waiting for polls would take longest.
 CHANGES = {
@@ -132,8 +135,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def left_behind(folder: Path) -> list[str]:
     """Daemons, links, device nodes and cgroups of a cluster that should be gone."""
-    listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True, check=True).stdout
-    daemons = [line for line in listing.splitlines() if str(folder) in line or "slurmstepd" in line]
+    listing = subprocess.run(["ps", "-eww", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    daemons = [line for line in listing.splitlines() if str(folder) in line or DAEMONS.search(line)]
     links = [str(p) for p in Path("/etc/slurm").glob("*.conf") if p.is_symlink() and str(folder) in os.readlink(p)]
     devices = [str(p) for p in folder.rglob("*") if p.is_char_device() or p.is_socket()]
     cgroups = [str(p) for p in Path("/sys/fs/cgroup").glob("*/slurm*")]

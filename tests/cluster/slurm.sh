@@ -37,16 +37,15 @@ D=$(cd "$2" && pwd)
 
 down() {
     export SLURM_CONF=$D/slurm.conf
+    [ ! -s "$D/watcher.pid" ] || kill -- "-$(cat "$D/watcher.pid")" 2> /dev/null || true
     timeout 5 scancel --full --user=root 2> /dev/null || true
     for _ in $(seq 40); do
         [ -n "$(timeout 3 squeue --noheader 2> /dev/null || true)" ] || break
         sleep 0.25
     done
-    for daemon in slurmctld slurmd.one slurmd.two munged; do
-        pid=$(cat "$D/$daemon.pid" 2> /dev/null || true)
-        [ -z "$pid" ] || { kill "$pid" 2> /dev/null && timeout 10 tail --pid="$pid" -f /dev/null; } ||
-            kill -9 "$pid" 2> /dev/null || true
-    done
+    pids=$(cat "$D"/{slurmctld,slurmd.one,slurmd.two,munged}.pid 2> /dev/null || true)
+    for pid in $pids; do kill "$pid" 2> /dev/null || true; done
+    for pid in $pids; do timeout 10 tail -s 0.1 --pid="$pid" -f /dev/null || kill -9 "$pid" 2> /dev/null || true; done
     for file in $LINKS; do
         case $(readlink "/etc/slurm/$file" || true) in "$D"/*) rm -f "/etc/slurm/$file" ;; esac
     done
@@ -140,7 +139,8 @@ for _ in $(seq 100); do
 done
 [ "$states" = idle ] || { echo "slurm.sh: the nodes did not come up (${states:-no answer})" >&2; exit 1; }
 if [ -n "${3:-}" ]; then
-    setsid bash -c 'tail --pid="$1" -f /dev/null; [ ! -e "$3/slurmctld.pid" ] || "$0" down "$3"' \
-        "$(readlink -f "$0")" "$3" - "$D" > /dev/null 2>&1 < /dev/null &
+    setsid bash -c 'tail --pid="$1" -f /dev/null; rm -f "$2/watcher.pid"; exec "$0" down "$2"' \
+        "$(readlink -f "$0")" "$3" "$D" > /dev/null 2>&1 < /dev/null &
+    echo $! > "$D/watcher.pid"
 fi
 sinfo --Node --format='%N %t %c cpus %m MB %G'
