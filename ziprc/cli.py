@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("build", build, "build an experiment, or single artifacts of it", "ziprc build --experiment smoke")
     sub.add_argument("targets", nargs="*", help="artifact files; all of them when empty")
-    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm")
+    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
     sub.add_argument("--dry-run", action="store_true")
     add_experiment_arguments(sub)
 

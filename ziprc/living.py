@@ -105,7 +105,8 @@ def slurm_jobs(folder: Path, experiment: str | None = None) -> list[SlurmJob]:
     Raises UserError when there is a cluster that does not answer.
     """
     listing = _answer("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%Z|%k") or ""
-    here = [job for job in parse_jobs(listing) if _same_path(job.folder, folder)]
+    own = os.environ.get("SLURM_JOB_ID")  # Snakemake itself may run in a job
+    here = [job for job in parse_jobs(listing) if _same_path(job.folder, folder) and job.number != own]
     return [job for job in here if experiment is None or job.belongs_to(experiment)]
 
 

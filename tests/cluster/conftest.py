@@ -172,9 +172,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     seconds = sum(r.duration for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration"))
     counts = ", ".join(f"{len(reports)} {outcome}" for outcome, reports in found.items() if reports)
-    version = (
-        subprocess.run(["sinfo", "--version"], capture_output=True, text=True).stdout if shutil.which("sinfo") else ""
-    )
-    terminalreporter.write_line(f"cluster: {counts} in {seconds:.0f} s, on {version.strip() or 'no SLURM'}")
+    which = shutil.which("slurmd")
+    version = subprocess.run([which, "-V"], capture_output=True, text=True).stdout.strip() if which else "no SLURM"
+    terminalreporter.write_line(f"cluster: {counts} in {seconds:.0f} s, on {version}")
     for report in found["skipped"]:
         terminalreporter.write_line(f"  not run: {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")

@@ -13,6 +13,7 @@ import pytest
 from ziprc import living, workflow
 from ziprc.artifacts import output_lock
 from ziprc.cli import parser
+from ziprc.config import load
 from ziprc.errors import UserError
 
 LISTING = """13|RUNNING|{here}|rule_rollouts_wildcards_toy_train
@@ -73,6 +74,27 @@ def test_waiting_ends_with_the_last_job_and_says_once_in_a_while_for_what(
     living.wait_for_jobs(tmp_path, "toy", said.append)
     assert len(looks.read_text().split()) == 4, "an answer that fails is not the end of the jobs"
     assert len(said) == 1 and "7 (base toy, running)" in said[0] and "scancel 7" in said[0]
+
+
+def test_ctrl_c_while_waiting_starts_nothing(squeue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(living.time, "sleep", interrupt)
+    answer(squeue, f"echo '7|RUNNING|{tmp_path}|rule_base_wildcards_smoke'")
+    config_file = workflow.root_of(Path(__file__)) / "config.yaml"
+    options = parser().parse_args(["build", "--experiment", "smoke", "--config-file", str(config_file)])
+    assert workflow.build(options, load(config_file, "smoke")) == 130
+    assert not (tmp_path / ".snakemake").exists()
+
+
+def test_the_job_that_snakemake_runs_in_is_not_waited_for(
+    squeue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(squeue, f"cat <<'END'\n{LISTING.format(here=tmp_path)}END")
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert [job.number for job in living.slurm_jobs(tmp_path)] == ["14"]
 
 
 @pytest.mark.parametrize("output, command", [("exit 0", "sacct"), ("echo disabled >&2; exit 1", "squeue")])
