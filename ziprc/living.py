@@ -23,7 +23,7 @@ import psutil
 
 from ziprc.errors import UserError
 
-SECONDS_FOR_AN_ANSWER = 30  # of squeue and sacct; a busy controller takes some
+SECONDS_FOR_AN_ANSWER = 30  # a busy controller takes some
 NO_CLUSTER = "Could not establish a configuration source"  # SLURM's commands, installed without a configuration
 SECONDS_BETWEEN_LOOKS = 10
 SECONDS_BETWEEN_LINES = 60
@@ -86,12 +86,15 @@ def status_command() -> str:
     """The command that tells Snakemake how jobs ended: `sacct` where accounts are kept, else `squeue`.
 
     sacct remembers jobs for good; squeue forgets them after MinJobAge. Without accounting sacct always fails, and the
-    executor would wait for ever.
+    executor, which takes it wherever it is installed, would wait for ever.
     """
     try:
-        return "squeue" if _answer("sacct", "--noheader", "--allocations", "--starttime=now") is None else "sacct"
+        settings = _answer("scontrol", "show", "config") or ""
     except UserError:
-        return "squeue"
+        settings = ""
+    storage = re.search(r"^AccountingStorageType\s*=\s*(\S+)", settings, re.MULTILINE)
+    kept = storage is not None and not storage[1].endswith("none") and shutil.which("sacct")
+    return "sacct" if kept else "squeue"
 
 
 def parse_jobs(listing: str) -> list[SlurmJob]:

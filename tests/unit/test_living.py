@@ -97,9 +97,17 @@ def test_the_job_that_snakemake_runs_in_is_not_waited_for(
     assert [job.number for job in living.slurm_jobs(tmp_path)] == ["14"]
 
 
-@pytest.mark.parametrize("output, command", [("exit 0", "sacct"), ("echo disabled >&2; exit 1", "squeue")])
+@pytest.mark.parametrize(
+    "output, command",
+    [
+        ("echo 'AccountingStorageType   = accounting_storage/slurmdbd'", "sacct"),
+        ("echo 'AccountingStorageType   = accounting_storage/none'", "squeue"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "squeue"),
+    ],
+)
 def test_accounting_decides_how_the_end_of_jobs_is_known(squeue: Path, output: str, command: str) -> None:
-    answer(squeue.with_name("sacct"), output)
+    answer(squeue.with_name("scontrol"), output)
+    answer(squeue.with_name("sacct"), "exit 0")
     assert living.status_command() == command
 
 
