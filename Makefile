@@ -88,7 +88,7 @@ test-slow: install ## the long layer: whole workflows, kills, reruns
 	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not cluster"
 
 test-cluster: install ## the workflow on a real SLURM that the tests bring up on this machine
-	@OMP_NUM_THREADS=1 python -m pytest -m cluster
+	@OMP_NUM_THREADS=1 python -m pytest tests/cluster -m cluster
 
 lint: install ## style, layers, workflow
 	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile

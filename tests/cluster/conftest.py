@@ -22,6 +22,8 @@ PROFILE = ROOT / "profiles" / "slurm" / "config.yaml"
 
 DAEMONS = re.compile(r"\bslurm(ctld|d|stepd|scriptd)\b")
 
+STARTED: list[subprocess.Popen[bytes]] = []
+
 # What the tests change in the profile that users get: a small machine, where waiting for polls would take longest.
 CHANGES = {
     "classes": {
@@ -88,8 +90,9 @@ class Cluster:
 
 
 def started(command: list[str], place: Workplace) -> subprocess.Popen[bytes]:
+    """A command in a session of its own, which ends with the test at the latest."""
     with open(place.folder / "build.log", "ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=place.folder,
             env=environment(),
@@ -98,6 +101,8 @@ def started(command: list[str], place: Workplace) -> subprocess.Popen[bytes]:
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` ignores it
         )
+    STARTED.append(process)
+    return process
 
 
 def wait_until(happens: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
@@ -109,9 +114,14 @@ def wait_until(happens: Callable[[], bool], process: subprocess.Popen[bytes], se
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    """An empty folder to build the micro experiment in."""
-    return Workplace(tmp_path, MICRO, "micro")
+def place(tmp_path: Path) -> Iterator[Workplace]:
+    """An empty folder to build the micro experiment in; what a failed test left running there is ended."""
+    yield Workplace(tmp_path, MICRO, "micro")
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="session")
