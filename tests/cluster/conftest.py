@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,9 @@ PROFILE = ROOT / "profiles" / "slurm" / "config.yaml"
 
 DAEMONS = re.compile(r"\bslurm(ctld|d|stepd|scriptd)\b")
 
+GRADES = "results/micro/grades/train.parquet"
+BASE = "results/micro/checkpoints/base/ziprc.json"
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "OUT_OF_MEMORY", "TIMEOUT")
 STARTED: list[subprocess.Popen[bytes]] = []
 
 # What the tests change in the profile that users get: a small machine, where waiting for polls would take longest.
@@ -65,8 +68,8 @@ class Cluster:
         """Every job that was ever submitted from a folder, in order."""
         command = ["squeue", "--noheader", "--states=all", "--sort=i", "--format=%i|%T|%k|%P|%N|%m|%b|%Z"]
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-        fields = [line.split("|") for line in lines]
-        return [Job(*row[:7]) for row in fields if row[7] == str(place.folder)]
+        rows = [line.split("|") for line in lines]
+        return [Job(*row[:7]) for row in rows if row[7] == str(place.folder)]
 
     def start(self, place: Workplace, *more: str) -> subprocess.Popen[bytes]:
         """`ziprc build` in a session of its own, for a test to disturb; what it prints goes to `build.log`."""
@@ -77,6 +80,11 @@ class Cluster:
         done = place.run("build", "--profile", str(self.profile), *more, timeout=300)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
+
+    def ended_jobs(self, place: Workplace) -> list[Job]:
+        """The same, once they have all ended: a cancelled job takes some seconds to."""
+        wait_until(lambda: all(job.state in ENDED for job in self.jobs(place)))
+        return self.jobs(place)
 
     def running_stage(self, place: Workplace, process: subprocess.Popen[bytes]) -> Job:
         """The one job of a folder, as soon as its stage has begun."""
@@ -105,10 +113,12 @@ def started(command: list[str], place: Workplace) -> subprocess.Popen[bytes]:
     return process
 
 
-def wait_until(happens: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_until(
+    happens: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, seconds: float = 120
+) -> None:
     limit = time.monotonic() + seconds
     while not happens():
-        assert process.poll() is None, "the build ended before the moment came"
+        assert process is None or process.poll() is None, "the build ended before the moment came"
         assert time.monotonic() < limit, "the moment never came"
         time.sleep(0.2)
 
@@ -154,21 +164,34 @@ def left_behind(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The first four stages: on the cluster, with two GPUs, and on this machine."""
+class Builds:
+    """Builds that nothing disturbs. They run side by side, since each of them mostly waits for the next poll."""
 
-    cluster: Workplace
-    local: Workplace
+    cluster: Workplace  # the first four stages, with two GPUs
+    local: Workplace  # the same on this machine, without SLURM
+    hungry: Workplace  # `base` with too little memory
+    spread: Workplace  # `base` on two nodes
+    pair: Workplace  # `base` by two processes of this machine
 
 
 @pytest.fixture(scope="session")
-def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    target = "results/micro/grades/train.parquet"
-    places = Chain(*(Workplace(tmp_path_factory.mktemp(name), MICRO, "micro") for name in ("cluster", "local")))
-    local = started(places.local.command("build", target), places.local)
-    cluster.build(places.cluster, target, "--set", "runtime.gpus=2")
-    assert local.wait(timeout=300) == 0, (places.local.folder / "build.log").read_text()[-4000:]
-    return places
+def builds(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    made = Builds(*(Workplace(tmp_path_factory.mktemp(field.name), MICRO, "micro") for field in fields(Builds)))
+    running = [
+        cluster.start(made.cluster, GRADES, "--set", "runtime.gpus=2"),
+        cluster.start(made.hungry, BASE, "--set", "runtime.mem_mb=500"),
+        cluster.start(made.spread, BASE, "--set", "runtime.accelerate=cpus", "runtime.nodes=2", "runtime.gpus=1"),
+        started(made.local.command("build", GRADES), made.local),
+        started(made.pair.command("run", "base", "--name", "base", "--set", "runtime.accelerate=cpus"), made.pair),
+    ]
+    codes = [process.wait(timeout=400) for process in running]
+    assert not any(codes), (codes, *(said(place)[-2000:] for place in vars(made).values()))
+    return made
+
+
+def said(place: Workplace) -> str:
+    """What a build printed."""
+    return (place.folder / "build.log").read_text()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

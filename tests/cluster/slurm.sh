@@ -122,7 +122,7 @@ MinJobAge=3600
 KillWait=5
 NodeName=one NodeHostname=$host NodeAddr=127.0.0.1 Port=$one_port CPUs=$cpus RealMemory=$memory Gres=gpu:fake:2
 NodeName=two NodeHostname=$host NodeAddr=127.0.0.1 Port=$two_port CPUs=$cpus RealMemory=$memory Gres=gpu:fake:2
-PartitionName=cpu Nodes=one Default=YES MaxTime=INFINITE
+PartitionName=cpu Nodes=one,two Default=YES MaxTime=INFINITE
 PartitionName=gpu Nodes=one,two MaxTime=INFINITE
 CONF
 mkdir -p /etc/slurm
