@@ -18,6 +18,7 @@ from ziprc.needs import (
     resource_names,
     resources as asked,
     threads as granted,
+    trains,
 )
 from ziprc.plan import artifact_names
 
@@ -68,7 +69,7 @@ def needs(wanted):
 
 def trained(experiment):
     """`base` trains a model only from scratch; otherwise it copies one."""
-    return "big-gpu" if experiment.base.model == "scratch" else "cpu"
+    return "big-gpu" if trains("base", experiment) else "cpu"
 
 
 def judged(experiment):

@@ -26,9 +26,8 @@ from ziprc import living
 from ziprc.artifacts import Layout
 from ziprc.config import Config
 from ziprc.errors import UserError, nearest
+from ziprc.needs import trains
 from ziprc.plan import missing
-
-TRAINING_STAGES = ("base", "train_joint")
 
 
 def root_of(config_file: Path) -> Path:
@@ -43,18 +42,34 @@ def stage_command(options: argparse.Namespace, config: Config) -> tuple[list[str
     stages = [path.stem for path in (Path(__file__).parent / "stages").glob("[a-z]*.py") if path.stem != "context"]
     if options.stage not in stages:
         raise UserError(f"There is no stage '{options.stage}'{nearest(options.stage, stages)}.")
-    training = options.stage in TRAINING_STAGES
+    training = trains(options.stage, config)
+    file = launch_profile(root, config, training)
     if training and config.runtime.nodes > 1 and options.rendezvous is None:
         return node_launchers(options, config.runtime.nodes), stage_environment(options.threads)
-    profile = config.runtime.accelerate if training or config.runtime.accelerate == "cpu" else "single"
-    file = root / "profiles" / "accelerate" / f"{profile}.yaml"
-    if not file.exists():
-        known = [path.stem for path in file.parent.glob("*.yaml")]
-        raise UserError(f"runtime.accelerate: there is no {file}{nearest(profile, known)}.")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += processes_of(file, options, config)
     command += ["--quiet", "--num_cpu_threads_per_process", str(options.threads), "-m", f"ziprc.stages.{options.stage}"]
     return command + stage_arguments(options), stage_environment(options.threads)
+
+
+def launch_profile(root: Path, config: Config, training: bool) -> Path:
+    """accelerate's settings: the experiment's for training, one process for everything else."""
+    runtime = config.runtime
+    profile = runtime.accelerate if training or runtime.accelerate == "cpu" else "single"
+    file = root / "profiles" / "accelerate" / f"{profile}.yaml"
+    if not file.exists():
+        known = [path.stem for path in file.parent.glob("*.yaml")]
+        raise UserError(f"runtime.accelerate: there is no {file}{nearest(profile, known)}.")
+    if training and runtime.nodes > 1 and one_process(file):
+        raise UserError(
+            f"runtime.nodes={runtime.nodes} needs several processes, but the launch profile {file.name} has one. Set "
+            "runtime.accelerate to ddp, fsdp or, without GPUs, cpus."
+        )
+    return file
+
+
+def one_process(profile: Path) -> bool:
+    return yaml.safe_load(profile.read_text())["distributed_type"] == "NO"
 
 
 def stage_arguments(options: argparse.Namespace) -> list[str]:
@@ -69,15 +84,9 @@ def processes_of(profile: Path, options: argparse.Namespace, config: Config) -> 
 
     A machine has `runtime.gpus` processes, or as many as the profile says where there are no GPUs.
     """
-    content = yaml.safe_load(profile.read_text())
-    if content["distributed_type"] == "NO":
-        if options.rendezvous is None:
-            return []
-        raise UserError(
-            f"runtime.nodes={config.runtime.nodes} needs a launch profile of several processes, but {profile.name} has "
-            "one. Set runtime.accelerate to ddp, fsdp or, without GPUs, cpus."
-        )
-    per_node = config.runtime.gpus or content["num_processes"]
+    if one_process(profile):
+        return []
+    per_node = config.runtime.gpus or yaml.safe_load(profile.read_text())["num_processes"]
     if options.rendezvous is None:
         return ["--num_processes", str(per_node), "--main_process_port", "0"]  # a free one: others train here too
     host, _, port = options.rendezvous.rpartition(":")

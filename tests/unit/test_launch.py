@@ -14,7 +14,7 @@ from ziprc.workflow import first_line, root_of, stage_command
 CONFIG = root_of(Path(__file__)) / "config.yaml"
 
 
-def command(stage: str, *more: str, **runtime: object) -> str:
+def command(stage: str, *more: str, base: str = "scratch", **runtime: object) -> str:
     arguments = [
         "run",
         stage,
@@ -28,7 +28,7 @@ def command(stage: str, *more: str, **runtime: object) -> str:
         "6",
         *more,
     ]
-    config = Config.model_validate({"runtime": runtime})
+    config = Config.model_validate({"base": {"model": base}, "runtime": runtime})
     return " ".join(stage_command(parser().parse_args(arguments), config)[0])
 
 
@@ -58,6 +58,12 @@ def test_stages_that_do_not_train_stay_on_one_node(monkeypatch: pytest.MonkeyPat
     assert "srun" not in command("rollouts", accelerate="ddp", gpus=8, nodes=4)
 
 
+def test_a_base_model_that_is_only_copied_is_copied_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    copied = command("base", base="some/model", accelerate="ddp", gpus=8, nodes=4)
+    assert "srun" not in copied and "single.yaml" in copied
+
+
 @pytest.mark.parametrize(
     "more, runtime, message",
     [
@@ -65,7 +71,7 @@ def test_stages_that_do_not_train_stay_on_one_node(monkeypatch: pytest.MonkeyPat
         (
             ["--rendezvous", "n1:2000", "--machine-rank", "0"],
             {"accelerate": "cpu"},
-            "needs a launch profile of several",
+            "needs several processes",
         ),
         (["--rendezvous", "n1", "--machine-rank", "0"], {"accelerate": "cpus"}, "HOST:PORT"),
         (["--rendezvous", "n1:2000"], {"accelerate": "cpus"}, "number of this node, found None"),
