@@ -2,8 +2,9 @@
 
 The rules: write beside the target, fsync, rename, manifest last; one writer at a time, held by a lock on the
 output; a manifest holds only what follows from inputs (digests, parameters), never a time or a path, so that two
-runs of the same thing give the same bytes. `Layout` is the only place that knows a path under `results/`; the
-Snakefile and the stages both ask it. Imports neither torch nor pyarrow.
+runs of the same thing give the same bytes. A manifest carries a seal, the digest of its own content, so that one flipped
+bit anywhere, in a file or in what describes it, is noticed before anything is made from it. `Layout` is the only
+place that knows a path under `results/`; the Snakefile and the stages both ask it. Imports neither torch nor pyarrow.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 from ziprc.errors import UserError
 
 CHECKPOINT_MANIFEST = "ziprc.json"
+MANIFEST_SUFFIX = ".manifest.json"
+SEAL = "seal"
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,15 @@ class Layout:
     def benchmark(self, stage: str, name: str) -> Path:
         return self.home / "benchmarks" / f"{stage}-{name}.tsv"
 
+    def provenance(self, stage: str, name: str) -> Path:
+        """How an artifact came to be; no artifact itself (ziprc/provenance.py)."""
+        return self.home / "provenance" / f"{stage}-{name}.json"
+
 
 def manifest_of(artifact: Path) -> Path:
     """The manifest of a table (`x.parquet` → `x.manifest.json`), page, or checkpoint folder (`ziprc.json`)."""
     if artifact.suffix:
-        return artifact.with_suffix(".manifest.json")
+        return artifact.with_suffix(MANIFEST_SUFFIX)
     return artifact / CHECKPOINT_MANIFEST
 
 
@@ -121,12 +128,17 @@ def atomic_path(target: Path) -> Iterator[Path]:
     private.unlink(missing_ok=True)
     try:
         yield private
-        with open(private, "rb") as handle:
-            os.fsync(handle.fileno())
+        sync_file(private)
         os.replace(private, target)
         sync_folder(target.parent)
     finally:
         private.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -157,8 +169,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 stale.unlink()
         for name in sorted(names, key=lambda n: n == CHECKPOINT_MANIFEST):
             (private / name).chmod(0o644)  # safetensors writes 0600, which nobody else on a cluster can read
-            with open(private / name, "rb") as handle:
-                os.fsync(handle.fileno())
+            sync_file(private / name)
             os.replace(private / name, target / name)
         sync_folder(target)
     finally:
@@ -184,18 +195,71 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}). Delete it and build it again: `make {path}`.") from None
 
 
+def write_sealed(target: Path, record: Mapping[str, Any]) -> None:
+    """Write a manifest with the digest of its own content."""
+    content = json.loads(json.dumps(dict(record)))
+    write_json(target, {**content, SEAL: digest_json(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content of a manifest, without its seal; UserError when it was damaged or edited."""
+    record = read_json(path)
+    seal = record.pop(SEAL, None) if isinstance(record, dict) else None
+    if seal is None or seal != digest_json(record):
+        raise UserError(
+            f"{path} was damaged or edited: its content does not have the digest that it was sealed with. "
+            f"Delete it and build it again: `make {path}`."
+        )
+    return record
+
+
 def write_manifest(artifact: Path, params: Mapping[str, Any], parents: Mapping[str, Path]) -> None:
     """Describe a finished file: its sha256, the science parameters, and the digests of its parents.
 
     `parents` maps a role to the parent artifact; what is recorded is the sha256 of the parent's manifest, so a chain of
     manifests fixes the whole history.
     """
-    write_json(
-        manifest_of(artifact),
-        {
-            "artifact": artifact.name,
-            "sha256": digest_file(artifact),
-            "params": dict(params),
-            "parents": {role: digest_file(manifest_of(path)) for role, path in sorted(parents.items())},
-        },
-    )
+    record = {"artifact": artifact.name, "sha256": digest_file(artifact), "params": dict(params)}
+    write_sealed(manifest_of(artifact), {**record, "parents": manifest_digests(parents)})
+
+
+def manifest_digests(parents: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of the manifest of each parent, by role; UserError when one is missing."""
+    return {role: digest_file(_require_manifest(path)) for role, path in sorted(parents.items())}
+
+
+def _require_manifest(artifact: Path) -> Path:
+    manifest = manifest_of(artifact)
+    if not manifest.exists():
+        raise UserError(
+            f"{manifest} does not exist. Build it first: `make {artifact if artifact.suffix else manifest}`."
+        )
+    return manifest
+
+
+def find_manifests(home: Path) -> list[Path]:
+    """Every manifest of an experiment."""
+    return sorted([*home.glob(f"**/*{MANIFEST_SUFFIX}"), *home.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")])
+
+
+def described_files(manifest: Path) -> dict[Path, str]:
+    """The files that a manifest describes and the sha256 of each; UserError when the manifest is damaged."""
+    record = read_sealed(manifest)
+    if manifest.name == CHECKPOINT_MANIFEST:
+        return {manifest.parent / name: digest for name, digest in record["files"].items()}
+    return {manifest.parent / record["artifact"]: record["sha256"]}
+
+
+def require_intact(artifact: Path) -> None:
+    """UserError unless an artifact is there and is, to the bit, what its manifest describes."""
+    manifest = _require_manifest(artifact)
+    for path, digest in described_files(manifest).items():
+        if not path.exists():
+            raise UserError(
+                f"{path} is gone, but {manifest} describes it. Delete that too and build both again: `make {manifest}`."
+            )
+        if digest_file(path) != digest:
+            raise UserError(
+                f"{path} is not what {manifest.name} describes: it was damaged, cut short or edited since it was made "
+                f"(sha256 {digest[:12]}… was expected). Delete {manifest} and build it again: `make {manifest}`."
+            )

@@ -4,6 +4,7 @@ ziprc doctor                                what is installed, whether it agrees
 ziprc build --experiment smoke              the whole workflow (what `make all` calls)
 ziprc run grades --experiment smoke --name train        one stage, through accelerate
 ziprc why results/smoke/values/train.parquet            what would rerun, and why
+ziprc verify results/smoke                  whether every file is what its digest says
 ziprc inspect results/smoke                 a page of rollouts coloured by what the model expects
 ziprc sample "Compute 47+91+85" --checkpoint results/toy/checkpoints/ziprc      adaptive sampling, live
 ziprc export results/smoke train out.parquet            the wide table of the original systems
@@ -21,7 +22,7 @@ from ziprc import workflow
 from ziprc.artifacts import Layout
 from ziprc.config import load
 from ziprc.errors import UserError
-from ziprc.stages.context import add_experiment_arguments
+from ziprc.stages.context import Context, add_experiment_arguments, already_made
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -36,6 +37,10 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config_file, options.experiment, options.set)
     command, environment = workflow.stage_command(options, config)
     print(workflow.first_line(options), flush=True)
+    context = Context(config, Layout(options.results, options.experiment), options.name)
+    if done := already_made(options.stage, context):  # found out here, before torch is imported
+        print(f"{options.stage}: {done}")
+        return 0
     os.execvpe(command[0], command, environment)
 
 
@@ -53,6 +58,14 @@ def unlock(options: argparse.Namespace) -> int:
     load(options.config_file, options.experiment, options.set)
     print(workflow.unlock(options))
     return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from ziprc.provenance import verify as audit_of
+
+    audit = audit_of(options.home)
+    print(audit.text())
+    return 1 if audit.problems else 0
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -202,6 +215,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("unlock", unlock, "remove a lock that a killed run left", "ziprc unlock --experiment smoke")
     sub.add_argument("--profile")
     add_experiment_arguments(sub)
+
+    sub = command("verify", verify, "check every digest of an experiment", "ziprc verify results/smoke")
+    sub.add_argument("home", type=Path, help="results/<experiment>")
 
     sub = command("inspect", inspect, "look at rollouts, token by token", "ziprc inspect results/smoke --text")
     sub.add_argument("home", type=Path, help="results/<experiment>")

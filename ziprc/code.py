@@ -12,7 +12,21 @@ import hashlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-UNDIGESTED = {"ziprc", "ziprc.config", "ziprc.code", "ziprc.errors", "ziprc.cli", "ziprc.progress"}  # change no result
+# These change no result.
+UNDIGESTED = {
+    f"ziprc{name}"
+    for name in (
+        "",
+        ".cli",
+        ".code",
+        ".config",
+        ".engines.watchdog",
+        ".errors",
+        ".progress",
+        ".provenance",
+        ".stages.context",
+    )
+}
 
 
 def _module_file(module: str) -> Path | None:

@@ -261,6 +261,7 @@ class Runtime(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_gib: int = Field(1, ge=1, description="of a CPU engine")
     enforce_eager: bool = True
+    stall_limit_s: float = Field(900, gt=0, description="an engine whose step takes longer is ended, with a reason")
     rollouts_per_device: int = Field(16, ge=1, description="micro-batch; accumulation follows from batch_size")
     forward_tokens: int = Field(16384, ge=64, description="tokens per forward pass when states are read")
     position_chunk: int = Field(1024, ge=1, description="states per chunk of the KL")

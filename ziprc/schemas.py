@@ -284,7 +284,7 @@ def write_table(path: Path, name: str, table: pa.Table, metadata: Mapping[str, s
     if metadata:
         table = table.replace_schema_metadata({k.encode(): v.encode() for k, v in metadata.items()})
     with atomic_path(path) as private:
-        pq.write_table(table, private, compression="zstd")
+        pq.write_table(table, private, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path, name: str) -> pa.Table:
@@ -292,7 +292,7 @@ def read_table(path: Path, name: str) -> pa.Table:
     if not path.exists():
         raise UserError(f"{path} does not exist. Build it first: `make {path}`.")
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} cannot be read as parquet ({error}). It is truncated or damaged: delete it and build it "

@@ -17,7 +17,7 @@ import torch
 
 from tests.doubles import GRID, tiny_experiment
 from ziprc.artifacts import Layout, digest_file, manifest_of, read_json, write_json, write_manifest
-from ziprc.config import POOLS, Config
+from ziprc.config import POOLS, Config, Samples
 from ziprc.errors import UserError
 from ziprc.evaluation import dag, inspection
 from ziprc.evaluation import states as states_module
@@ -47,6 +47,7 @@ CONFIG = {
     "rollouts": {"many_prompts": 6},
     "values": {"last_k": 4},
     "report": {"rollouts_shown": 3},
+    "samples": {"policies": []},
     "train_joint": {
         "length_edges": list(GRID.length_edges),
         "ziprc": {"label": "value", "reward_centres": list(GRID.reward_centres), "kl": 10},
@@ -572,7 +573,8 @@ def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
     write_table(path, "samples", make_table("samples", [row]))
     write_manifest(path, {}, {})
     write_json(path.with_suffix(".timing.json"), {"2": {"together": {"total_s": 4.0, "deciding_s": 0.5}}})
-    report.run(replace(experiment, name="report"))
+    config = experiment.config.model_copy(update={"samples": Samples(policies=("zip-rc",))})
+    report.run(replace(experiment, config=config, name="report"))
     found = (
         (experiment.layout.home / "report.html").read_text().partition("Live on the engine")[2].partition("</table>")[0]
     )

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_tokenizer
+from ziprc.artifacts import write_sealed
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import load_model, load_tokenizer, read_joint_head
+from ziprc.joint.checkpoint import load_model, load_tokenizer, read_joint_head, read_manifest
 from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.readout import TokenPair, batches_by_tokens, read_joint, slice_weight
 from ziprc.joint.vocabulary import VocabLayout, check_layout, derive_layout
@@ -183,9 +184,9 @@ def test_a_checkpoint_says_where_its_grid_is_in_both_files(folder: Path):
 
 def test_a_checkpoint_whose_slice_overlaps_its_tokenizer_is_refused_on_load(tmp_path: Path):
     path = tiny_checkpoint(tmp_path / "ziprc")
-    record = json.loads((path / "ziprc.json").read_text())
+    record = read_manifest(path)
     record["joint"]["layout"]["joint_start"] = 100
-    (path / "ziprc.json").write_text(json.dumps(record))
+    write_sealed(path / "ziprc.json", record)
     with pytest.raises(UserError, match=r"row 100, but id 100 .* first free id is\s+261"):
         read_joint_head(path)
 
@@ -197,9 +198,9 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path):
 
 def test_a_grid_that_does_not_match_its_rows_is_refused(tmp_path: Path):
     path = tiny_checkpoint(tmp_path / "ziprc")
-    record = json.loads((path / "ziprc.json").read_text())
+    record = read_manifest(path)
     record["joint"]["grid"]["reward_centres"] = [0, 1]
-    (path / "ziprc.json").write_text(json.dumps(record))
+    write_sealed(path / "ziprc.json", record)
     with pytest.raises(UserError, match="8 cells but the layout 12 rows"):
         read_joint_head(path)
 

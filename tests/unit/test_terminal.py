@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.doubles import GRID, tiny_checkpoint, tiny_tokenizer
-from ziprc.artifacts import read_json, write_json
+from ziprc.artifacts import write_json, write_sealed
 from ziprc.cli import main
 from ziprc.errors import UserError
 from ziprc.integrations import terminal
 from ziprc.integrations.asking import Wishes, prepare
 from ziprc.integrations.terminal import Line, branch_line, cells, frame, head, sample, tail
+from ziprc.joint.checkpoint import read_manifest
 from ziprc.sampling.calibration import Calibration, Fitted, calibration_file
 from ziprc.sampling.score import Logistic, Stages
 from ziprc.sampling.selection import VoteModel
@@ -247,9 +248,9 @@ def test_another_tokenizer_is_refused(wishes: Wishes, checkpoint: Path):
     tokenizer.save_pretrained(checkpoint)
     with pytest.raises(UserError, match="saved with another tokenizer"):
         sample(replace(wishes, checkpoint=checkpoint))
-    manifest = read_json(checkpoint / "ziprc.json")
+    manifest = read_manifest(checkpoint)
     del manifest["files"]
-    write_json(checkpoint / "ziprc.json", manifest)
+    write_sealed(checkpoint / "ziprc.json", manifest)
     with pytest.raises(UserError, match="token 263 is in use, but text ends at row 260"):
         sample(replace(wishes, checkpoint=checkpoint))
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_model, tiny_tables, tiny_tokenizer
-from ziprc.artifacts import Layout, manifest_of
+from ziprc.artifacts import Layout, manifest_of, write_sealed
 from ziprc.config import Config, Head, Runtime
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_joint_head, read_manifest
@@ -42,7 +42,7 @@ from ziprc.training.packing import (
     sequences_from_table,
 )
 from ziprc.training.scratch import build_tokenizer
-from ziprc.training.trainer import COMPLETE, fit, last_complete_state
+from ziprc.training.trainer import COMPLETE, _digests, fit, last_complete_state
 
 HERE = Path(__file__)
 SETTINGS = OptimizerSettings("muon", 3e-3, 1e-3, warmup=0.25)
@@ -329,8 +329,11 @@ def test_an_incomplete_state_is_not_resumed_and_a_stale_one_is_removed(tmp_path:
     folder = tmp_path / ".x.training" / "new"
     (folder / "checkpoint-6").mkdir(parents=True)
     (folder / "checkpoint-4").mkdir()
-    (folder / "checkpoint-4" / COMPLETE).touch()
+    (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"weights")
+    write_sealed(folder / "checkpoint-4" / COMPLETE, {"files": _digests(folder / "checkpoint-4")})
     assert last_complete_state(folder) == folder / "checkpoint-4"
+    (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"weightz")
+    assert last_complete_state(folder) is None
     stale = folder.parent / "old" / "checkpoint-9"
     stale.mkdir(parents=True)
     (folder / "checkpoint-4" / COMPLETE).unlink()

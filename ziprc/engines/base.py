@@ -94,6 +94,7 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: int = 1
     enforce_eager: bool = True
+    stall_limit_s: float = 900.0  # a step that takes longer ends the process (watchdog.py)
 
 
 class Session(Protocol):
@@ -200,6 +201,7 @@ def settings_for(
         gpu_memory_utilization=machine.gpu_memory_utilization,
         kv_cache_gib=machine.kv_cache_gib,
         enforce_eager=machine.enforce_eager,
+        stall_limit_s=machine.stall_limit_s,
     )
 
 

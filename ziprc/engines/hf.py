@@ -29,6 +29,7 @@ from ziprc.engines.base import (
     own_dtype,
 )
 from ziprc.engines.reading import LiveReadout, Taken, TextRows
+from ziprc.engines.watchdog import Watchdog
 from ziprc.joint.checkpoint import JointHead, load_model
 from ziprc.schemas import FinishReason
 
@@ -147,6 +148,7 @@ class HFEngine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(settings.model, getattr(torch, own_dtype(settings))).to(self.device)
         self.stops = frozenset(settings.stop_token_ids)
+        self.watchdog = Watchdog(settings.stall_limit_s, f"Transformers with {settings.model}")
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
         """As `Engine.generate`."""
@@ -163,6 +165,7 @@ class HFEngine:
         return HFSession(self, joint_of(self.settings))
 
     def close(self) -> None:
+        self.watchdog.close()
         del self.model
 
     def _row(self, request: Request) -> _Row:
@@ -202,14 +205,15 @@ class HFEngine:
 
     def _logits(self, inputs: _Inputs) -> torch.Tensor:
         """One forward pass: what every row says next, [B, V] float32."""
-        output = self.model(
-            input_ids=inputs.ids,
-            attention_mask=inputs.mask,
-            position_ids=inputs.positions,
-            past_key_values=inputs.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self.watchdog.watching():
+            output = self.model(
+                input_ids=inputs.ids,
+                attention_mask=inputs.mask,
+                position_ids=inputs.positions,
+                past_key_values=inputs.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return output.logits[:, -1].float()
 
     def _joint(self, logits: torch.Tensor) -> NDArray[np.float32]:

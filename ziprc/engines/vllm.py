@@ -50,6 +50,7 @@ from ziprc.engines.base import (
     own_dtype,
 )
 from ziprc.engines.reading import LiveReadout, Readout, TextRows
+from ziprc.engines.watchdog import Watchdog
 from ziprc.errors import UserError
 from ziprc.schemas import FinishReason
 
@@ -120,6 +121,7 @@ class VLLMEngine:
             self.llm = LLM(**self._arguments())
         except ValueError as error:
             raise UserError(f"vLLM refused to start with {settings.model}: {error}") from error
+        self.watchdog = Watchdog(settings.stall_limit_s, f"vLLM with {settings.model}")
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
         """As `Engine.generate`."""
@@ -128,18 +130,20 @@ class VLLMEngine:
             self._add(request, number)
         finished: dict[int, RequestOutput] = {}
         while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
+            with self.watchdog.watching():
+                outputs = self.llm.llm_engine.step()
+            for output in outputs:
                 finished[int(output.request_id)] = output
                 if on_tokens is not None:
                     on_tokens(len(output.outputs[0].token_ids))
-        outputs = [finished[number].outputs[0] for number in range(len(requests))]
-        joint: Sequence[NDArray[np.float32] | None] = [None] * len(outputs)
-        if self._readout is not None and outputs:
-            joint = self._readout.by_request([len(output.token_ids) for output in outputs])
+        texts = [finished[number].outputs[0] for number in range(len(requests))]
+        joint: Sequence[NDArray[np.float32] | None] = [None] * len(texts)
+        if self._readout is not None and texts:
+            joint = self._readout.by_request([len(text.token_ids) for text in texts])
             self._readout.clear()
         return [
-            Response(request.key, tuple(output.token_ids), FinishReason(output.finish_reason), reading)
-            for request, output, reading in zip(requests, outputs, joint, strict=True)
+            Response(request.key, tuple(text.token_ids), FinishReason(text.finish_reason), reading)
+            for request, text, reading in zip(requests, texts, joint, strict=True)
         ]
 
     def session(self) -> VLLMSession:
@@ -152,6 +156,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """End the engine, and with it any other of this process."""
+        self.watchdog.close()
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         _readers.pop(self._id, None)
@@ -258,7 +263,8 @@ class VLLMSession:
     def _core_outputs(self) -> Sequence[EngineCoreOutput]:
         """`LLMEngine.step`, less the two objects it makes per token: a tenth of the time of a small model."""
         engine = self.engine.llm.llm_engine
-        outputs = engine.engine_core.get_output().outputs
+        with self.engine.watchdog.watching():
+            outputs = engine.engine_core.get_output().outputs
         engine.output_processor.process_outputs(outputs)  # its own list of who is in flight
         return outputs
 

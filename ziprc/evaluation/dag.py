@@ -10,7 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ziprc.artifacts import CHECKPOINT_MANIFEST, Layout, digest_file, read_json
+from ziprc.artifacts import CHECKPOINT_MANIFEST, MANIFEST_SUFFIX, Layout, digest_file, find_manifests, read_json
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 138, 24, 46, 12
 Parents = Mapping[str, Sequence[str]]
@@ -19,13 +19,13 @@ Parents = Mapping[str, Sequence[str]]
 def _name(home: Path, manifest: Path) -> str:
     if manifest.name == CHECKPOINT_MANIFEST:
         return str(manifest.parent.relative_to(home))
-    return str(manifest.relative_to(home)).removesuffix(".manifest.json")
+    return str(manifest.relative_to(home)).removesuffix(MANIFEST_SUFFIX)
 
 
 def read_graph(layout: Layout) -> dict[str, list[str]]:
     """Parents of every artifact by name; a parent that has been made again since is left out."""
     home = layout.home
-    found = sorted([*home.glob("**/*.manifest.json"), *home.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")])
+    found = find_manifests(home)
     name_of = {digest_file(path): _name(home, path) for path in found}
     graph = {}
     for path in found:

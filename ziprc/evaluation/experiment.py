@@ -38,6 +38,7 @@ from ziprc.evaluation.states import States, load_for_reading, read_states, token
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import read_joint_head
 from ziprc.joint.distribution import JointDistribution
+from ziprc.plan import final_heads
 from ziprc.schemas import FinishReason, read_table
 from ziprc.tasks.base import get_task
 
@@ -51,27 +52,11 @@ class Evaluation:
         self.config, self.layout = config, layout
         self.settings = config.evaluate
         self.seed = derived_seed(self.config.seed, "evaluate")
-        self.heads = ["ziprc", *(["lite"] if self.config.train_joint.lite else [])]
+        self.heads = final_heads(config)
         self.rollouts = self._table("rollouts", "test")
         self.outcomes = self._outcomes("test")
         self.positions = moment_positions(self.outcomes.length)
         self.boot = Resampling(self.outcomes.group, self.settings.bootstrap, self.seed)
-
-    def parents(self) -> dict[str, Any]:
-        """Every artifact that the metrics follow from."""
-        layout = self.layout
-        wanted = [
-            ("prompts", "test"),
-            ("rollouts", "train"),
-            ("grades", "train"),
-            ("rollouts", "test"),
-            ("grades", "test"),
-        ]
-        wanted += [("rollouts", "test-ziprc"), ("grades", "test-ziprc"), ("baselines", "test")]
-        wanted += [("introspection", head) for head in self.heads]
-        wanted += [("rollouts", "test-many"), ("values", "test-many"), ("values", "train")]
-        tables = {f"{kind}/{name}": layout.table(kind, name) for kind, name in wanted}
-        return tables | {name: layout.checkpoint(name) for name in ("base", *self.heads)}
 
     def _table(self, kind: str, name: str) -> pa.Table:
         return read_table(self.layout.table(kind, name), kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +31,6 @@ class RecordedPool:
     prompt_ids: list[str]
     difficulty: NDArray[np.str_]
     styles: list[str]
-
-
-def pool_parents(layout: Layout, name: str) -> dict[str, Path]:
-    """The tables that a pool is read from."""
-    kinds = ("rollouts", "grades", "introspection")
-    return {f"{kind}/{name}": layout.table(kind, name) for kind in kinds}
 
 
 def read_pool(config: Config, layout: Layout, name: str) -> RecordedPool:

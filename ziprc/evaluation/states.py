@@ -108,7 +108,7 @@ def write_states(target: Path, rollouts: pa.Table, reader: JointReader, token_bu
     count = 0
     with (
         atomic_path(target) as private,
-        pq.ParquetWriter(private, SCHEMA.columns, compression="zstd") as writer,
+        pq.ParquetWriter(private, SCHEMA.columns, compression="zstd", write_page_checksum=True) as writer,
         progress(rollouts.num_rows, f"introspection {target.stem}", "rollouts") as bar,
     ):
         for piece in pieces(rollouts):
@@ -146,7 +146,7 @@ def _checked_batches(path: Path) -> Iterator[pa.Table]:
     if not path.exists():
         raise UserError(f"{path} does not exist. Build it first: `make {path}`.")
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=READ_STATES):
+        for batch in pq.ParquetFile(path, page_checksum_verification=True).iter_batches(batch_size=READ_STATES):
             table = pa.Table.from_batches([batch])
             check_table(table, SCHEMA, str(path))
             yield table

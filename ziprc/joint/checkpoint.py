@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ziprc.artifacts import CHECKPOINT_MANIFEST, atomic_folder, digest_file, read_json, write_json
+from ziprc.artifacts import CHECKPOINT_MANIFEST, atomic_folder, digest_file, read_sealed, write_sealed
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.vocabulary import VocabLayout, check_layout, generation_ids
@@ -56,8 +56,8 @@ def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of `ziprc.json`."""
-    return read_json(Path(folder) / CHECKPOINT_MANIFEST)
+    """The content of `ziprc.json`; UserError when it is missing, damaged or edited."""
+    return read_sealed(Path(folder) / CHECKPOINT_MANIFEST)
 
 
 def read_joint_head(folder: Path) -> JointHead:
@@ -94,4 +94,4 @@ def save_checkpoint(
         tokenizer.save_pretrained(private)
         files = {p.name: digest_file(p) for p in sorted(private.iterdir()) if p.is_file()}
         manifest = {**record, "files": files} | ({"joint": joint.to_dict()} if joint else {})
-        write_json(private / CHECKPOINT_MANIFEST, manifest)
+        write_sealed(private / CHECKPOINT_MANIFEST, manifest)

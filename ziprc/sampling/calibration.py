@@ -19,6 +19,7 @@ from scipy.special import betaln, expit
 from ziprc.artifacts import read_json
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
+from ziprc.plan import calibration_file
 from ziprc.sampling import features as f
 from ziprc.sampling.replay import Pool, pool_orders
 from ziprc.sampling.score import INPUTS, Logistic, Stages, inputs, stage_of, token_inputs
@@ -127,11 +128,6 @@ class Fitted:
             JointCalibration.from_dict(record["joint"]),
             Logistic.from_dict(record["logprob"]),
         )
-
-
-def calibration_file(checkpoint: Path) -> Path:
-    """Where a checkpoint's calibration is: beside its weights, so that it goes where they go."""
-    return checkpoint / "calibration.json"
 
 
 def read_fitted(checkpoint: Path, grid: BinGrid) -> Fitted:

@@ -7,12 +7,11 @@ nothing downstream knows that it is small. Otherwise the model is a local folder
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import CHECKPOINT_MANIFEST, atomic_folder, derived_seed, digest_file, output_lock, write_json
+from ziprc.artifacts import CHECKPOINT_MANIFEST, atomic_folder, derived_seed, digest_file, write_sealed
 from ziprc.config import params_of
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_tokenizer, save_checkpoint
@@ -60,12 +59,11 @@ def train(context: Context) -> str:
     optimizer = OptimizerSettings(
         "muon", settings.learning_rate, settings.adamw_learning_rate, warmup=settings.warmup, schedule="linear"
     )
-    with output_lock(target) if is_main_process() else contextlib.nullcontext():
-        trainee = LanguageTrainee(model)
-        outcome = fit(trainee, MicroBatches(data, plan), optimizer, runtime, state_folder(target, record), seed)
-        if is_main_process():
-            save_checkpoint(target, trainee.merged(), tokenizer, record)
-            forget_states(target)
+    trainee = LanguageTrainee(model)
+    outcome = fit(trainee, MicroBatches(data, plan), optimizer, runtime, state_folder(target, record), seed)
+    if is_main_process():
+        save_checkpoint(target, trainee.merged(), tokenizer, record)
+        forget_states(target)
     return f"trained a base model on {len(data.sequences)} traces, {outcome.text()}, wrote {target}"
 
 
@@ -81,14 +79,14 @@ def fetch(context: Context) -> str:
         "parents": {},
         "seed": context.config.seed,
     }
-    with output_lock(target), atomic_folder(target) as private:
+    with atomic_folder(target) as private:
         if Path(settings.model).is_dir():
             copy_model(Path(settings.model), private)
         else:
             download_model(settings.model, settings.revision, private, context.layout.experiment)
         check_model(private, settings.model)
         files = {p.name: digest_file(p) for p in sorted(private.iterdir()) if p.is_file()}
-        write_json(private / CHECKPOINT_MANIFEST, {**record, "files": files})
+        write_sealed(private / CHECKPOINT_MANIFEST, {**record, "files": files})
     return f"copied {settings.model} ({len(files)} files) to {target}"
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import GenerationConfig, PreTrainedModel
 
-from ziprc.artifacts import derived_seed, output_lock, write_manifest
-from ziprc.config import Config, params_of
+from ziprc.artifacts import derived_seed
+from ziprc.config import Config
 from ziprc.evaluation.logits import TokenScores, token_scores
 from ziprc.evaluation.metrics import Predictions
 from ziprc.evaluation.outcomes import join_outcomes, moment_positions, response_lengths
@@ -22,6 +22,7 @@ from ziprc.evaluation.probes import MomentData, ProbeSettings, all_predictions, 
 from ziprc.evaluation.states import load_for_reading, token_pairs
 from ziprc.joint.checkpoint import load_tokenizer
 from ziprc.joint.vocabulary import generation_ids
+from ziprc.plan import parents_of
 from ziprc.progress import progress
 from ziprc.schemas import make_table, read_table, write_table
 from ziprc.stages.context import Context, run_stage
@@ -68,12 +69,8 @@ def prediction_table(ids: pa.Array, predictions: Predictions) -> pa.Table:
 
 def run(context: Context) -> str:
     config, layout = context.config, context.layout
-    base, target = layout.checkpoint("base"), layout.table("baselines", context.name)
-    sources = {
-        "train": layout.table("rollouts", "train"),
-        "grades": layout.table("grades", "train"),
-        "test": layout.table("rollouts", context.name),
-    }
+    target, sources = layout.table("baselines", context.name), parents_of(config, layout, "baselines", context.name)
+    base = sources["base"]
     rollouts, test = (read_table(sources[split], "rollouts") for split in ("train", "test"))
     known = join_outcomes(rollouts, read_table(sources["grades"], "grades"), str(sources["grades"]))
     model, rows = load_for_reading(base), text_rows(base)
@@ -83,9 +80,8 @@ def run(context: Context) -> str:
     settings = ProbeSettings(config.baselines.probe_hidden, config.baselines.probe_epochs, seed)
     predictions = all_predictions(seen, known.score, known.group, asked, settings)
     table = prediction_table(test["rollout_id"].combine_chunks(), predictions)
-    with output_lock(target):
-        write_table(target, "baselines", table)
-        write_manifest(target, params_of(config, "baselines", context.name), {**sources, "base": base})
+    write_table(target, "baselines", table)
+    context.write_manifest("baselines")
     return f"wrote {table.num_rows} predictions for {test.num_rows} rollouts to {target}"
 
 

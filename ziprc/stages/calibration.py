@@ -6,10 +6,10 @@ calibrated joint, and the log-probability logistic of the baselines.
 
 from __future__ import annotations
 
-from ziprc.artifacts import derived_seed, output_lock, write_json, write_manifest
-from ziprc.config import params_of
-from ziprc.evaluation.pools import pool_parents, read_pool
-from ziprc.sampling.calibration import Fitted, calibration_file
+from ziprc.artifacts import derived_seed, write_json
+from ziprc.evaluation.pools import read_pool
+from ziprc.plan import calibration_file
+from ziprc.sampling.calibration import Fitted
 from ziprc.stages.context import Context, run_stage
 
 NUMPY_SEEDS = 2**32
@@ -18,14 +18,11 @@ NUMPY_SEEDS = 2**32
 def run(context: Context) -> str:
     """Write calibration.json of the head that the stage is named after."""
     config, layout = context.config, context.layout
-    split = f"validation-{context.name}"
-    recorded = read_pool(config, layout, split)
+    recorded = read_pool(config, layout, f"validation-{context.name}")
     fitted = Fitted.fit(recorded.pool, recorded.grid, derived_seed(config.seed, "calibration") % NUMPY_SEEDS)
     target = calibration_file(layout.checkpoint(context.name))
-    with output_lock(target):
-        write_json(target, fitted.to_dict())
-        parents = {**pool_parents(layout, split), "checkpoint": layout.checkpoint(context.name)}
-        write_manifest(target, params_of(config, "calibration", context.name), parents)
+    write_json(target, fitted.to_dict())
+    context.write_manifest("calibration")
     return f"fitted on {recorded.pool.length.size} rollouts of {len(recorded.prompt_ids)} prompts, wrote {target}"
 
 

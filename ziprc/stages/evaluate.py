@@ -6,8 +6,7 @@ at the start, 25, 50, 75 % and the end; at the end a joint head's expected rewar
 
 from __future__ import annotations
 
-from ziprc.artifacts import output_lock, write_json, write_manifest
-from ziprc.config import params_of
+from ziprc.artifacts import write_json
 from ziprc.evaluation.experiment import Evaluation
 from ziprc.stages.context import Context, run_stage
 
@@ -16,9 +15,8 @@ def run(context: Context) -> str:
     target = context.layout.home / "metrics.json"
     evaluation = Evaluation(context.config, context.layout)
     metrics = evaluation.metrics()
-    with output_lock(target):
-        write_json(target, metrics)
-        write_manifest(target, params_of(context.config, "evaluate", context.name), evaluation.parents())
+    write_json(target, metrics)
+    context.write_manifest("evaluate")
     met = [record["met"] for record in metrics["headline"]]
     return (
         f"wrote {target}: {sum(map(bool, met))} of {len(met)} targets met on {evaluation.boot.prompts} held-out prompts"

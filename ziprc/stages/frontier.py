@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ziprc.artifacts import derived_seed, output_lock, write_json, write_manifest
-from ziprc.config import params_of
-from ziprc.evaluation.pools import pool_parents, read_pool
+from ziprc.artifacts import derived_seed, write_json
+from ziprc.evaluation.pools import read_pool
 from ziprc.evaluation.sampling_record import sampling_record
-from ziprc.sampling.calibration import calibration_file, read_fitted
+from ziprc.sampling.calibration import read_fitted
 from ziprc.stages.context import Context, run_stage
 
 NUMPY_SEEDS = 2**31
@@ -20,11 +19,8 @@ def run(context: Context) -> str:
     fitted = read_fitted(checkpoint, pools["test"].grid)
     seed = derived_seed(config.seed, "frontier") % NUMPY_SEEDS
     record = sampling_record(config.frontier, fitted, pools["validation"], pools["test"], seed)
-    parents = {**pool_parents(layout, "validation-ziprc"), **pool_parents(layout, "test-ziprc")}
-    with output_lock(target):
-        write_json(target, record)
-        parents["calibration"] = calibration_file(checkpoint)
-        write_manifest(target, params_of(config, "frontier", context.name), parents)
+    write_json(target, record)
+    context.write_manifest("frontier")
     met = [row["met"] for row in record["headline"]]
     families, prompts = len(record["families"]), len(pools["test"].prompt_ids)
     return f"{families} families on {prompts} prompts, {met.count(True)} of {len(met)} targets met, wrote {target}"

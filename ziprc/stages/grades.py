@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import output_lock, write_manifest
 from ziprc.chat import visible_answer
-from ziprc.config import Config, Judge, Sampling, params_of, prompts_of
+from ziprc.config import Config, Judge, Sampling, prompts_of
 from ziprc.engines.base import make_engine, settings_for
 from ziprc.errors import UserError
 from ziprc.rewards.base import Decision, Grade, Grader, Question, decide, lacks_answer, ungraded
@@ -162,10 +161,9 @@ def run(context: Context) -> str:
     wanted = ["rollout_id", "prompt_id", "response_text", "finish_reason"]
     rollouts = read_table(facts, "rollouts").select(wanted).to_pylist()
     check_prompts(rollouts, prompts, source)
-    with output_lock(target):
-        grades = grade(config, rollouts, {r["prompt_id"]: prompts[r["prompt_id"]] for r in rollouts}, source)
-        write_table(target, "grades", make_table("grades", grades))
-        write_manifest(target, params_of(config, "grades", context.name), {"rollouts": facts, "prompts": source})
+    grades = grade(config, rollouts, {r["prompt_id"]: prompts[r["prompt_id"]] for r in rollouts}, source)
+    write_table(target, "grades", make_table("grades", grades))
+    context.write_manifest("grades")
     return f"wrote {len(grades)} grades to {target}: {summary(grades)}"
 
 

@@ -6,8 +6,8 @@ the pool of that name with the head that sampled it: what an adaptive sampler wo
 
 from __future__ import annotations
 
-from ziprc.artifacts import output_lock, require_space, write_manifest
-from ziprc.config import introspected, params_of
+from ziprc.artifacts import require_space
+from ziprc.config import introspected
 from ziprc.evaluation.outcomes import response_lengths
 from ziprc.evaluation.states import JointReader, write_states
 from ziprc.schemas import read_table
@@ -25,11 +25,8 @@ def run(context: Context) -> str:
     reader = JointReader.open(checkpoint, config.introspection.dtype)
     per_state = 2 * reader.joint.grid.size + SCALAR_BYTES
     require_space(target.parent, int(response_lengths(rollouts).sum()) * per_state)
-    with output_lock(target):
-        states = write_states(target, rollouts, reader, config.runtime.forward_tokens, config.runtime.position_chunk)
-        write_manifest(
-            target, params_of(config, "introspection", context.name), {"rollouts": source, "checkpoint": checkpoint}
-        )
+    states = write_states(target, rollouts, reader, config.runtime.forward_tokens, config.runtime.position_chunk)
+    context.write_manifest("introspection")
     return f"wrote {states} states of {rollouts.num_rows} rollouts to {target}"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-from ziprc.artifacts import output_lock, write_manifest
 from ziprc.config import params_of
 from ziprc.schemas import make_table, write_table
 from ziprc.stages.context import Context, run_stage
@@ -19,9 +18,8 @@ def run(context: Context) -> str:
     target = context.layout.table("prompts", context.name)
     prompts = get_task(params["task"]).prompts(params["settings"], context.name, params["count"], params["seed"])
     rows = [{**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra, sort_keys=True)} for p in prompts]
-    with output_lock(target):
-        write_table(target, "prompts", make_table("prompts", rows))
-        write_manifest(target, params, {})
+    write_table(target, "prompts", make_table("prompts", rows))
+    context.write_manifest("prompts")
     return f"wrote {len(rows)} prompts to {target}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import output_lock, read_json, write_manifest, write_text
-from ziprc.config import Evaluate, params_of
+from ziprc.artifacts import read_json, write_text
+from ziprc.config import Evaluate
 from ziprc.evaluation.dag import read_graph
 from ziprc.evaluation.decisions import live_record
 from ziprc.evaluation.inspection import load_rollouts
@@ -26,7 +26,6 @@ def run(context: Context) -> str:
     config, layout = context.config, context.layout
     target, metrics, frontier = (layout.home / name for name in ("report.html", "metrics.json", "frontier.json"))
     samples = {policy: layout.table("samples", policy) for policy in config.samples.policies}
-    samples = {policy: path for policy, path in samples.items() if path.exists()}
     shown = config.report.rollouts_shown
     page = Page(
         metrics=read_json(metrics),
@@ -37,13 +36,8 @@ def run(context: Context) -> str:
         sampling=read_json(frontier),
         live={policy: live(path, config.evaluate) for policy, path in samples.items()},
     )
-    with output_lock(target):
-        write_text(target, render(page))
-        tables = [("introspection", "ziprc"), ("rollouts", "test"), ("grades", "test"), ("prompts", "test")]
-        parents = {"metrics": metrics, "frontier": frontier}
-        parents |= {f"{kind}/{name}": layout.table(kind, name) for kind, name in tables}
-        parents |= {f"samples/{policy}": path for policy, path in samples.items()}
-        write_manifest(target, params_of(config, "report", context.name), parents)
+    write_text(target, render(page))
+    context.write_manifest("report")
     return f"wrote {target}"
 
 

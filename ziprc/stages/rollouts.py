@@ -22,10 +22,8 @@ from ziprc.artifacts import (
     derived_seed,
     digest_file,
     digest_json,
-    manifest_of,
-    output_lock,
+    manifest_digests,
     require_space,
-    write_manifest,
 )
 from ziprc.chat import prompt_token_ids
 from ziprc.config import POOLS, Config, head_names, params_of, policy_of, prompts_of
@@ -33,6 +31,7 @@ from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
 from ziprc.errors import UserError, nearest
 from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
+from ziprc.plan import parents_of
 from ziprc.schemas import FinishReason, read_table, write_table
 from ziprc.stages.context import Context, run_stage
 
@@ -111,7 +110,6 @@ def run(context: Context) -> str:
     plan = plan_of(config, context.name)
     policy, source = layout.checkpoint(plan.policy), layout.table("prompts", plan.prompts)
     target, params = layout.table("rollouts", context.name), params_of(config, "rollouts", context.name)
-    parents = {"prompts": source, "policy": policy}
 
     prompts = read_table(source, "prompts").slice(0, plan.limit).to_pylist()
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
@@ -121,25 +119,24 @@ def run(context: Context) -> str:
     settings = engine_settings(config, policy, tokenizer)
     require_space(target.parent, sum(map(len, wanted)) * config.rollouts.max_new_tokens * BYTES_PER_TOKEN)
 
-    digest = digest_json([params, {role: digest_file(manifest_of(path)) for role, path in parents.items()}])
+    digest = digest_json([params, manifest_digests(parents_of(config, layout, "rollouts", context.name))])
     work = target.parent / f".{target.stem}.shards"
     shards = shards_of(wanted, config.rollouts.shard_prompts, work, digest)
-    with output_lock(target):
-        drop_stale(work, shards)
-        make_shards(
-            shards,
-            f"rollouts {context.name}",
-            config.rollouts.engine,
-            config.runtime.workers,
-            settings,
-            plan.policy,
-            config.rollouts.max_new_tokens,
-        )
-        table = pa.concat_tables(read_table(shard.path, "rollouts") for shard in shards)
-        metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
-        write_table(target, "rollouts", table, metadata)
-        write_manifest(target, params, parents)
-        shutil.rmtree(work)
+    drop_stale(work, shards)
+    make_shards(
+        shards,
+        f"rollouts {context.name}",
+        config.rollouts.engine,
+        config.runtime.workers,
+        settings,
+        plan.policy,
+        config.rollouts.max_new_tokens,
+    )
+    table = pa.concat_tables(read_table(shard.path, "rollouts") for shard in shards)
+    metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
+    write_table(target, "rollouts", table, metadata)
+    context.write_manifest("rollouts")
+    shutil.rmtree(work)
     return _closing_line(table, target)
 
 

@@ -17,16 +17,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from ziprc.artifacts import derived_seed, output_lock, read_json, write_json, write_manifest
+from ziprc.artifacts import derived_seed, read_json, write_json
 from ziprc.chat import prompt_token_ids, visible_answer
-from ziprc.config import Config, params_of
+from ziprc.config import Config
 from ziprc.engines.base import Engine, make_engine, settings_for
 from ziprc.errors import UserError, nearest
 from ziprc.evaluation.decisions import Asked, decision_table
 from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
 from ziprc.progress import progress
 from ziprc.rewards.base import Question as Graded
-from ziprc.sampling.calibration import Fitted, calibration_file, read_fitted
+from ziprc.sampling.calibration import Fitted, read_fitted
 from ziprc.sampling.controller import Budget, Controller
 from ziprc.sampling.families import Setting, live_policies, live_setting
 from ziprc.sampling.live import Answered, Question, Runner, Timing
@@ -171,24 +171,21 @@ def setting_for(name: str, budget: float, frontier: dict[str, Any], fitted: Fitt
 def run(context: Context) -> str:
     config, layout, name = context.config, context.layout, context.name
     folder, target = layout.checkpoint("ziprc"), layout.table("samples", name)
-    sources = {"prompts": layout.table("prompts", "test"), "frontier": layout.home / "frontier.json"}
-    fitted, frontier = read_fitted(folder, read_joint_head(folder).grid), read_json(sources["frontier"])
+    fitted, frontier = read_fitted(folder, read_joint_head(folder).grid), read_json(layout.home / "frontier.json")
     budgets = config.samples.majority_budgets if name == "majority" else config.samples.budgets
     settings = {budget: setting_for(name, budget, frontier, fitted) for budget in budgets}
     for setting in settings.values():
         budget_of(config, setting)
-    prompts = read_table(sources["prompts"], "prompts").slice(0, config.samples.prompts).to_pylist()
+    prompts = read_table(layout.table("prompts", "test"), "prompts").slice(0, config.samples.prompts).to_pylist()
     tokenizer = load_tokenizer(folder)
     questions = questions_of(prompts, tokenizer, config)
-    with output_lock(target):
-        with open_engine(config, folder, tokenizer) as engine:
-            bench = Bench(engine, questions, prompts, config, tokenizer)
-            done = {f"{b:g}": bench.at_budget(setting, f"{b:g}", f"samples {name}") for b, setting in settings.items()}
-        table = pa.concat_tables(table for table, _ in done.values())
-        write_table(target, "samples", table)
-        write_json(target.with_suffix(".timing.json"), {budget: times for budget, (_, times) in done.items()})
-        parents = {**sources, "checkpoint": folder, "calibration": calibration_file(folder)}
-        write_manifest(target, params_of(config, "samples", name), parents)
+    with open_engine(config, folder, tokenizer) as engine:
+        bench = Bench(engine, questions, prompts, config, tokenizer)
+        done = {f"{b:g}": bench.at_budget(setting, f"{b:g}", f"samples {name}") for b, setting in settings.items()}
+    table = pa.concat_tables(table for table, _ in done.values())
+    write_table(target, "samples", table)
+    write_json(target.with_suffix(".timing.json"), {budget: times for budget, (_, times) in done.items()})
+    context.write_manifest("samples")
     return f"answered {len(questions)} prompts at {len(settings)} budgets, {table.num_rows} rows, wrote {target}"
 
 

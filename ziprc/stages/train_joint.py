@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 import pyarrow as pa
 import torch
 from transformers import AutoConfig
 
-from ziprc.artifacts import derived_seed, digest_file, manifest_of, output_lock
+from ziprc.artifacts import derived_seed, manifest_digests
 from ziprc.config import head_of, head_params
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_manifest, save_checkpoint
 from ziprc.joint.vocabulary import derive_layout
+from ziprc.plan import parents_of
 from ziprc.schemas import read_table
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.training.heads import freeze, joint_objective, joint_trainee
@@ -38,9 +38,8 @@ def outside_fold(rollouts: pa.Table, name: str, folds: int) -> pa.Table:
 def run(context: Context) -> str:
     config, layout, name = context.config, context.layout, context.name
     section, head, runtime = config.train_joint, head_of(config, name), config.runtime
-    base, target = layout.checkpoint("base"), layout.checkpoint(name)
-    labels = "grades" if head.label == "score" else "values"
-    sources = {kind: layout.table(kind, "train") for kind in ("rollouts", labels)}
+    sources, target = parents_of(config, layout, "train_joint", name), layout.checkpoint(name)
+    base, labels = sources["base"], "grades" if head.label == "score" else "values"
     seed = derived_seed(config.seed, "train_joint", name)
 
     tokenizer, model = load_tokenizer(base), load_model(base)
@@ -71,27 +70,23 @@ def run(context: Context) -> str:
         head.optimizer, head.learning_rate, head.adamw_learning_rate or head.learning_rate, head.weight_decay,
         head.betas, head.warmup, head.schedule, head.max_grad_norm,
     )  # fmt: skip
-    parents = {role: digest_file(manifest_of(path)) for role, path in {"base": base, **sources}.items()}
-    params = head_params(config, name)
     record = {
         "objective": "joint",
-        "params": params,
+        "params": head_params(config, name),
         "base": read_manifest(base).get("base"),
-        "parents": parents,
+        "parents": manifest_digests(sources),
         "seed": seed,
     }
 
-    with output_lock(target) if is_main_process() else contextlib.nullcontext():
-        announce(name, data)
-        folder = state_folder(target, record)
-        outcome = fit(trainee, MicroBatches(data, plan), settings, runtime, folder, seed)
-        if is_main_process():
-            if outcome.gathered is not None:
-                trainee = joint_trainee(load_model(base), joint, head, runtime.position_chunk, reference)
-                trainee.load_state_dict(outcome.gathered, strict=False)
-            finished = trainee.merged().to(dtype=AutoConfig.from_pretrained(base).dtype or torch.float32)
-            save_checkpoint(target, finished, tokenizer, record, joint)
-            forget_states(target)
+    announce(name, data)
+    outcome = fit(trainee, MicroBatches(data, plan), settings, runtime, state_folder(target, record), seed)
+    if is_main_process():
+        if outcome.gathered is not None:
+            trainee = joint_trainee(load_model(base), joint, head, runtime.position_chunk, reference)
+            trainee.load_state_dict(outcome.gathered, strict=False)
+        finished = trainee.merged().to(dtype=AutoConfig.from_pretrained(base).dtype or torch.float32)
+        save_checkpoint(target, finished, tokenizer, record, joint)
+        forget_states(target)
     return f"{name} trained on {len(data.sequences)} rollouts, {outcome.text()}, wrote {target}"
 
 

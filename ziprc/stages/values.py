@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ziprc.artifacts import output_lock, write_manifest
-from ziprc.config import critics, params_of
+from ziprc.config import critics
 from ziprc.evaluation.states import JointReader, pieces, token_pairs
 from ziprc.joint.distribution import JointDistribution
 from ziprc.progress import progress
@@ -59,10 +58,8 @@ def run(context: Context) -> str:
         "fold": fold,
         "value": np.clip(value, 0.0, 1.0).astype(np.float32),
     }
-    with output_lock(target):
-        write_table(target, "values", make_table("values", columns))
-        parents = {"rollouts": source} | {name: layout.checkpoint(name) for name in names}
-        write_manifest(target, params_of(config, "values", context.name), parents)
+    write_table(target, "values", make_table("values", columns))
+    context.write_manifest("values")
     return f"wrote {len(value)} values, mean {value.mean():.3f}, to {target}"
 
 

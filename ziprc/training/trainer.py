@@ -33,14 +33,14 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ziprc.artifacts import digest_json, sync_folder
+from ziprc.artifacts import digest_file, digest_json, read_sealed, sync_file, write_sealed
 from ziprc.config import Runtime
 from ziprc.errors import UserError
 from ziprc.training.heads import Trainee
 from ziprc.training.optimizers import OptimizerSettings, make_optimizer, make_schedule
 from ziprc.training.packing import MicroBatches, only_item
 
-COMPLETE = "complete"  # marker file of a training state, written last
+COMPLETE = "complete.json"  # of a training state, written last: its files and their digests
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -76,9 +76,25 @@ def run_name(folder: Path) -> str:
 
 
 def last_complete_state(folder: Path) -> Path | None:
-    """The newest training state that was written to its end."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).exists()]
+    """The newest training state that was written to its end and is intact."""
+    found = [p for p in folder.glob("checkpoint-*") if _is_complete(p)]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _is_complete(state: Path) -> bool:
+    """Whether the marker is there and every file is what it says; a damaged state is named and left out."""
+    marker = state / COMPLETE
+    if not marker.exists():
+        return False
+    with contextlib.suppress(UserError):
+        if read_sealed(marker)["files"] == _digests(state):
+            return True
+    print(f"{state} is damaged and is not resumed from", file=sys.stderr, flush=True)
+    return False
+
+
+def _digests(state: Path) -> dict[str, str]:
+    return {p.name: digest_file(p) for p in sorted(state.iterdir()) if p.is_file() and p.name != COMPLETE}
 
 
 def fit(
@@ -245,8 +261,9 @@ class ZipTrainer(transformers.Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (folder / COMPLETE).touch()
-        sync_folder(folder)
+        for path in folder.iterdir():
+            sync_file(path)
+        write_sealed(folder / COMPLETE, {"files": _digests(folder)})
         for other in folder.parent.glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
