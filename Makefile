@@ -20,7 +20,7 @@ OPTIONS = --experiment $(EXPERIMENT) $(if $(SET),--set $(SET))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install smoke all why dag report doctor fetch inspect test test-slow lint format lock clean
+.PHONY: help install smoke all why unlock dag report doctor fetch inspect test test-slow test-cluster lint format lock clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ ALWAYS:
 why: install ## what would rerun and why (TARGET=results/… for one artifact)
 	@ziprc why $(if $(TARGET),--experiment $(word 2,$(subst /, ,$(TARGET))) $(TARGET) $(if $(SET),--set $(SET)),$(OPTIONS))
 
+unlock: install ## remove the lock of a killed run, unless something of it is alive
+	@ziprc unlock $(OPTIONS)
+
 dag: install ## draw the graph of EXPERIMENT as results/EXPERIMENT/dag.md (Mermaid)
 	@mkdir -p results/$(EXPERIMENT)
 	@{ echo '```mermaid'; snakemake --rulegraph mermaid-js --config experiment=$(EXPERIMENT) 2>/dev/null; echo '```'; } > results/$(EXPERIMENT)/dag.md
@@ -82,7 +85,10 @@ test: install ## the tests, under ten minutes
 	@OMP_NUM_THREADS=1 python -m pytest -m "not slow"
 
 test-slow: install ## the long layer: whole workflows, kills, reruns
-	@OMP_NUM_THREADS=1 python -m pytest -m slow
+	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not cluster"
+
+test-cluster: install ## the workflow on a real SLURM that the tests bring up on this machine
+	@OMP_NUM_THREADS=1 python -m pytest tests/cluster -m cluster
 
 lint: install ## style, layers, workflow
 	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile

@@ -13,6 +13,13 @@ from pathlib import Path
 from ziprc import config as settings
 from ziprc.artifacts import Layout, manifest_of
 from ziprc.code import code_digest
+from ziprc.needs import (
+    check_sites,
+    resource_names,
+    resources as asked,
+    threads as granted,
+    trains,
+)
 from ziprc.plan import artifact_names, parents_of
 
 CONFIG_FILE = Path(
@@ -21,6 +28,7 @@ CONFIG_FILE = Path(
 OVERRIDES = str(config.get("set", "")).split()
 EXPERIMENT = config.get("experiment", "smoke")
 HOME = "results/{experiment}"
+SITES = check_sites(config.get("classes", {}))
 SET = f"--set {' '.join(OVERRIDES)}" if OVERRIDES else ""
 RUN = "ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
 
@@ -39,10 +47,34 @@ def code(rule):
     return lambda w: code_digest(rule, resolved(w.experiment).prompts.task)
 
 
-def runtime(key):
-    return lambda w, attempt: getattr(resolved(w.experiment).runtime, key) * (
-        attempt if key == "mem_mb" else 1
-    )
+def class_of(wanted, w):
+    """The class of machine that a rule wants: `cpu`, `gpu`, `big-gpu`, or what a function of the experiment says."""
+    return wanted(resolved(w.experiment)) if callable(wanted) else wanted
+
+
+def cores(wanted):
+    return lambda w: granted(class_of(wanted, w), resolved(w.experiment).runtime, SITES)
+
+
+def needs(wanted):
+    """Resources of a rule; ziprc/needs.py says how they follow from the class, the experiment and the site."""
+
+    def ask(name):
+        return lambda w, attempt: asked(
+            class_of(wanted, w), resolved(w.experiment).runtime, SITES, attempt
+        ).get(name)
+
+    return {name: ask(name) for name in resource_names(SITES)}
+
+
+def trained(experiment):
+    """`base` trains a model only from scratch; otherwise it copies one."""
+    return "big-gpu" if trains("base", experiment) else "cpu"
+
+
+def judged(experiment):
+    """`grades` needs a GPU only for a judge."""
+    return "gpu" if experiment.grades.judge else "cpu"
 
 
 def table(kind, name="{name}"):
@@ -87,9 +119,9 @@ rule prompts:
         f"{HOME}/logs/prompts-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/prompts-{{name}}.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("prompts"),
         code=code("prompts"),
@@ -106,10 +138,9 @@ rule base:
         f"{HOME}/logs/base-base.log",
     benchmark:
         f"{HOME}/benchmarks/base-base.tsv"
+    threads: cores(trained)
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs(trained),
     params:
         section=section("base", "base"),
         code=code("base"),
@@ -128,10 +159,9 @@ rule rollouts:
         f"{HOME}/logs/rollouts-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/rollouts-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("rollouts"),
         code=code("rollouts"),
@@ -150,10 +180,9 @@ rule grades:
         f"{HOME}/logs/grades-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/grades-{{name}}.tsv"
+    threads: cores(judged)
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs(judged),
     params:
         section=section("grades"),
         code=code("grades"),
@@ -174,10 +203,9 @@ rule train_joint:
         f"{HOME}/benchmarks/train_joint-{{name}}.tsv"
     wildcard_constraints:
         name=r"noisy(-fold\d+)?|ziprc|lite",
+    threads: cores("big-gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("big-gpu"),
     params:
         section=section("train_joint"),
         code=code("train_joint"),
@@ -196,10 +224,9 @@ rule values:
         f"{HOME}/logs/values-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/values-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("values"),
         code=code("values"),
@@ -218,10 +245,9 @@ rule introspection:
         f"{HOME}/logs/introspection-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/introspection-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("introspection"),
         code=code("introspection"),
@@ -240,10 +266,9 @@ rule baselines:
         f"{HOME}/logs/baselines-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/baselines-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("baselines"),
         code=code("baselines"),
@@ -263,9 +288,9 @@ rule calibration:
         f"{HOME}/logs/calibration-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/calibration-{{name}}.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("calibration"),
         code=code("calibration"),
@@ -285,9 +310,9 @@ rule frontier:
         f"{HOME}/logs/frontier-frontier.log",
     benchmark:
         f"{HOME}/benchmarks/frontier-frontier.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("frontier", "frontier"),
         code=code("frontier"),
@@ -306,10 +331,9 @@ rule samples:
         f"{HOME}/logs/samples-{{name}}.log",
     benchmark:
         f"{HOME}/benchmarks/samples-{{name}}.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("samples"),
         code=code("samples"),
@@ -329,10 +353,9 @@ rule evaluate:
         f"{HOME}/logs/evaluate-metrics.log",
     benchmark:
         f"{HOME}/benchmarks/evaluate-metrics.tsv"
+    threads: cores("gpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
-        gpus=runtime("gpus"),
+        **needs("gpu"),
     params:
         section=section("evaluate", "metrics"),
         code=code("evaluate"),
@@ -352,9 +375,9 @@ rule report:
         f"{HOME}/logs/report-report.log",
     benchmark:
         f"{HOME}/benchmarks/report-report.tsv"
+    threads: cores("cpu")
     resources:
-        mem_mb=runtime("mem_mb"),
-        runtime=runtime("runtime_min"),
+        **needs("cpu"),
     params:
         section=section("report", "report"),
         code=code("report"),

@@ -36,6 +36,7 @@ def doctor(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     config = load(options.config_file, options.experiment, options.set)
     command, environment = workflow.stage_command(options, config)
+    print(workflow.first_line(options), flush=True)
     context = Context(config, Layout(options.results, options.experiment), options.name)
     if done := already_made(options.stage, context):  # found out here, before torch is imported
         print(f"{options.stage}: {done}")
@@ -50,6 +51,12 @@ def build(options: argparse.Namespace) -> int:
 
 def why(options: argparse.Namespace) -> int:
     print(workflow.why(options))
+    return 0
+
+
+def unlock(options: argparse.Namespace) -> int:
+    load(options.config_file, options.experiment, options.set)
+    print(workflow.unlock(options))
     return 0
 
 
@@ -188,11 +195,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("stage")
     sub.add_argument("--name", required=True, help="which of the stage's artifacts")
     sub.add_argument("--threads", type=int, default=1, help="CPU threads")
+    sub.add_argument("--rendezvous", metavar="HOST:PORT", help="of the first node, when several train together")
+    sub.add_argument("--machine-rank", type=int, help="number of this node, from 0; SLURM knows it")
     add_experiment_arguments(sub)
 
     sub = command("build", build, "build an experiment, or single artifacts of it", "ziprc build --experiment smoke")
     sub.add_argument("targets", nargs="*", help="artifact files; all of them when empty")
-    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm")
+    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
     sub.add_argument("--dry-run", action="store_true")
     add_experiment_arguments(sub)
 
@@ -200,6 +209,10 @@ def parser() -> argparse.ArgumentParser:
         "why", why, "say in words what would rerun", "ziprc why --experiment smoke results/smoke/metrics.json"
     )
     sub.add_argument("targets", nargs="*")
+    sub.add_argument("--profile")
+    add_experiment_arguments(sub)
+
+    sub = command("unlock", unlock, "remove a lock that a killed run left", "ziprc unlock --experiment smoke")
     sub.add_argument("--profile")
     add_experiment_arguments(sub)
 

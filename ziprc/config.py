@@ -270,8 +270,10 @@ class Runtime(Section):
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     save_steps: int = Field(100, ge=1, description="steps between training states kept for resuming")
     trackers: tuple[str, ...] = ()
-    gpus: int = Field(0, ge=0)
-    mem_mb: int = 3000
+    gpus: int = Field(0, ge=0, description="of one node; 0: every stage runs on the CPU")
+    nodes: int = Field(1, ge=1, description="of a training stage; the others use one")
+    mem_mb: int = Field(3000, ge=1, description="of a stage, per node; a retry asks for more")
+    cpu_mem_mb: int | None = Field(None, ge=1, description="of a stage that needs no GPU; empty: mem_mb")
     runtime_min: int = 120
 
 

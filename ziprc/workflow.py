@@ -12,17 +12,23 @@ import argparse
 import fcntl
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from ziprc import living
 from ziprc.artifacts import Layout
 from ziprc.config import Config
 from ziprc.errors import UserError, nearest
+from ziprc.needs import trains
 from ziprc.plan import missing
 from ziprc.stages.context import disk_errors_explained
-
-TRAINING_STAGES = ("base", "train_joint")
 
 
 def root_of(config_file: Path) -> Path:
@@ -37,19 +43,96 @@ def stage_command(options: argparse.Namespace, config: Config) -> tuple[list[str
     stages = [path.stem for path in (Path(__file__).parent / "stages").glob("[a-z]*.py") if path.stem != "context"]
     if options.stage not in stages:
         raise UserError(f"There is no stage '{options.stage}'{nearest(options.stage, stages)}.")
-    training = options.stage in TRAINING_STAGES
-    profile = config.runtime.accelerate if training or config.runtime.accelerate == "cpu" else "single"
+    training = trains(options.stage, config)
+    file = launch_profile(root, config, training)
+    if training and config.runtime.nodes > 1 and options.rendezvous is None:
+        return node_launchers(options, config.runtime.nodes), stage_environment(options.threads)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += processes_of(file, options, config)
+    command += ["--quiet", "--num_cpu_threads_per_process", str(options.threads), "-m", f"ziprc.stages.{options.stage}"]
+    return command + stage_arguments(options), stage_environment(options.threads)
+
+
+def launch_profile(root: Path, config: Config, training: bool) -> Path:
+    """accelerate's settings: the experiment's for training, one process for everything else."""
+    runtime = config.runtime
+    profile = runtime.accelerate if training or runtime.accelerate == "cpu" else "single"
     file = root / "profiles" / "accelerate" / f"{profile}.yaml"
     if not file.exists():
         known = [path.stem for path in file.parent.glob("*.yaml")]
         raise UserError(f"runtime.accelerate: there is no {file}{nearest(profile, known)}.")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--quiet", "--num_cpu_threads_per_process", str(options.threads), "-m", f"ziprc.stages.{options.stage}"]
-    command += ["--config-file", str(options.config_file), "--experiment", options.experiment]
-    command += ["--results", str(options.results), "--name", options.name]
-    if options.set:
-        command += ["--set", *options.set]
-    return command, stage_environment(options.threads)
+    if training and runtime.nodes > 1 and one_process(file):
+        raise UserError(
+            f"runtime.nodes={runtime.nodes} needs several processes, but the launch profile {file.name} has one. Set "
+            "runtime.accelerate to ddp, fsdp or, without GPUs, cpus."
+        )
+    return file
+
+
+def one_process(profile: Path) -> bool:
+    return yaml.safe_load(profile.read_text())["distributed_type"] == "NO"
+
+
+def stage_arguments(options: argparse.Namespace) -> list[str]:
+    """What every stage is given."""
+    arguments = ["--config-file", str(options.config_file), "--experiment", options.experiment]
+    arguments += ["--results", str(options.results), "--name", options.name]
+    return [*arguments, "--set", *options.set] if options.set else arguments
+
+
+def processes_of(profile: Path, options: argparse.Namespace, config: Config) -> list[str]:
+    """How many processes on how many machines, for a launch profile with more than one process.
+
+    A machine has `runtime.gpus` processes, or as many as the profile says where there are no GPUs.
+    """
+    if one_process(profile):
+        return []
+    per_node = config.runtime.gpus or yaml.safe_load(profile.read_text())["num_processes"]
+    if options.rendezvous is None:
+        return ["--num_processes", str(per_node), "--main_process_port", "0"]  # a free one: others train here too
+    host, _, port = options.rendezvous.rpartition(":")
+    rank = os.environ.get("SLURM_NODEID") if options.machine_rank is None else options.machine_rank
+    if not host or not port.isdecimal() or rank is None:
+        raise UserError(
+            f"--rendezvous is HOST:PORT of the first node, found '{options.rendezvous}', and --machine-rank the number of "
+            f"this node, found {rank}."
+        )
+    nodes = config.runtime.nodes
+    return [
+        *("--num_machines", str(nodes), "--machine_rank", str(rank), "--num_processes", str(nodes * per_node)),
+        *("--main_process_ip", host, "--main_process_port", port, "--rdzv_backend", "static"),
+    ]
+
+
+def node_launchers(options: argparse.Namespace, nodes: int) -> list[str]:
+    """Start `ziprc run` once on every node of this SLURM job; each is told where the first one listens.
+
+    The first node is this one: SLURM runs a job's script there, and gives it the first task.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            f"runtime.nodes={nodes}, but this is no SLURM job. Build with `PROFILE=slurm`, or start `ziprc run "
+            f"{options.stage} … --rendezvous HOST:PORT --machine-rank RANK` on every node by hand."
+        )
+    with socket.socket() as free:
+        free.bind(("", 0))
+        rendezvous = f"{socket.gethostname()}:{free.getsockname()[1]}"
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command += [f"--cpus-per-task={options.threads}", "--mpi=none"]
+    command += [sys.executable, "-m", "ziprc.cli", "run", options.stage, "--threads", str(options.threads)]
+    return [*command, "--rendezvous", rendezvous, *stage_arguments(options)]
+
+
+def first_line(options: argparse.Namespace) -> str:
+    """What a stage's log begins with, at every attempt: where and with what it runs."""
+    found = {
+        "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "SLURM job": os.environ.get("SLURM_JOB_ID"),
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "threads": options.threads,
+    }
+    where = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+    return f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {options.stage} {options.name}: {where}"
 
 
 def stage_environment(threads: int) -> dict[str, str]:
@@ -104,6 +187,19 @@ def lock_experiment(home: Path) -> int:
     return handle
 
 
+def call_to_the_end(command: Sequence[str], pass_fds: Sequence[int] = ()) -> int:
+    """Run a command to its own end; its exit code.
+
+    Ctrl-C reaches it too, and it needs time: Snakemake cancels its SLURM jobs. `subprocess.call` would kill it after a
+    quarter of a second and leave them.
+    """
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        return subprocess.Popen(command, pass_fds=pass_fds).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def build(options: argparse.Namespace, config: Config) -> int:
     """Build the targets, or everything; the exit code is Snakemake's."""
     layout = Layout(options.results, options.experiment)
@@ -111,14 +207,38 @@ def build(options: argparse.Namespace, config: Config) -> int:
         return subprocess.call(snakemake_command(options, "--dry-run", *(options.targets or ["all"])))
     with disk_errors_explained(layout.home):
         lock = lock_experiment(layout.home)
+    try:
+        living.wait_for_jobs(Path.cwd(), options.experiment)
+    except KeyboardInterrupt:
+        print(f"\n{options.experiment}: stopped waiting; the SLURM jobs go on.")
+        return 130
+    except UserError as error:
+        print(f"{options.experiment}: whether an earlier run left SLURM jobs is not known. {error}", file=sys.stderr)
     steps = [options.targets] if options.targets else [missing(config, layout), ["all"]]
     for targets in filter(None, steps):
-        code = subprocess.call(snakemake_command(options, "--nolock", *targets), pass_fds=[lock])
+        code = call_to_the_end(snakemake_command(options, "--nolock", *targets), pass_fds=[lock])
         if code:
             return code
     print(f"{options.experiment}: everything is up to date; see {layout.home / 'report.html'}" if not options.targets else
           f"up to date: {' '.join(options.targets)}")  # fmt: skip
     return 0
+
+
+def unlock(options: argparse.Namespace) -> str:
+    """Remove the locks that a killed Snakemake left in this folder; UserError naming what is still alive."""
+    alive = living.everything(Path.cwd(), options.results)
+    if alive:
+        listing = "\n".join(f"  * {one}" for one in alive)
+        raise UserError(
+            f"This folder is in use, so its lock stays:\n{listing}\nWait for them, or stop them; then `make unlock` again."
+        )
+    locked = [path for path in (Path(".snakemake") / "locks").glob("*") if path.is_file()]
+    if not locked:
+        return "unlock: nothing was locked, and nothing of this workflow is alive in this folder"
+    done = subprocess.run(snakemake_command(options, "--unlock"), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"Snakemake could not unlock this folder:\n{(done.stderr or done.stdout)[-2000:]}")
+    return "unlock: nothing of this workflow is alive, so Snakemake's lock was removed; the same command goes on"
 
 
 def why(options: argparse.Namespace) -> str:

@@ -56,6 +56,12 @@ def test_every_stage_of_every_experiment_starts_through_accelerate(experiment: s
         assert environment["OMP_NUM_THREADS"] == "2"
 
 
+def test_the_slurm_profile_plans_the_same(tmp_path: Path) -> None:
+    plans = [dry_run(tmp_path, "qwen3-1.7b", "--profile", profile) for profile in ("default", "slurm")]
+    jobs = [sorted(re.findall(r"^Job \d+: (.*)$", plan, re.M)) for plan in plans]
+    assert jobs[0] == jobs[1] and jobs[0]
+
+
 def test_one_artifact_plans_only_its_chain(tmp_path: Path) -> None:
     plan = dry_run(tmp_path, "smoke", "results/smoke/grades/train.parquet")
     planned = {match for match in re.findall(r"^Job \d+: (\w+):", plan, re.M)}

@@ -25,6 +25,7 @@ def test_a_finished_experiment_is_up_to_date(built: Workplace) -> None:
 
 def test_runtime_keys_rerun_nothing(built: Workplace) -> None:
     assert built.planned("runtime.max_num_seqs=7", "runtime.rollouts_per_device=4", "runtime.mem_mb=1234") == []
+    assert built.planned("runtime.gpus=8", "runtime.nodes=2", "runtime.accelerate=ddp") == []
 
 
 def test_kl_of_the_final_head_reruns_that_head_and_what_depends_on_it(built: Workplace) -> None:

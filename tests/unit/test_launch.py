@@ -1,0 +1,94 @@
+"""The command line that starts a stage, on one node and on several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ziprc.cli import parser
+from ziprc.config import Config
+from ziprc.errors import UserError
+from ziprc.workflow import first_line, root_of, stage_command
+
+CONFIG = root_of(Path(__file__)) / "config.yaml"
+
+
+def command(stage: str, *more: str, base: str = "scratch", **runtime: object) -> str:
+    arguments = [
+        "run",
+        stage,
+        "--name",
+        "x",
+        "--experiment",
+        "smoke",
+        "--config-file",
+        str(CONFIG),
+        "--threads",
+        "6",
+        *more,
+    ]
+    config = Config.model_validate({"base": {"model": base}, "runtime": runtime})
+    return " ".join(stage_command(parser().parse_args(arguments), config)[0])
+
+
+def test_one_node_starts_a_process_for_each_gpu() -> None:
+    assert "ddp.yaml --num_processes 4 --main_process_port 0" in command("base", accelerate="ddp", gpus=4)
+    assert "--num_processes" not in command("base", accelerate="single", gpus=1)
+
+
+def test_several_nodes_get_one_launcher_each_from_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    started = command("train_joint", accelerate="ddp", gpus=8, nodes=4)
+    assert started.startswith("srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=6")
+    assert "ziprc.cli run train_joint --threads 6 --rendezvous " in started and "--experiment smoke" in started
+
+
+def test_a_launcher_knows_its_rank_and_the_number_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NODEID", "2")
+    launched = command("base", "--rendezvous", "n1:2000", accelerate="fsdp", gpus=8, nodes=4)
+    assert "--num_machines 4 --machine_rank 2 --num_processes 32" in launched
+    assert "--main_process_ip n1 --main_process_port 2000 --rdzv_backend static" in launched
+    by_hand = command("base", "--rendezvous", "n1:2000", "--machine-rank", "0", accelerate="fsdp", gpus=8, nodes=4)
+    assert "--machine_rank 0" in by_hand
+
+
+def test_stages_that_do_not_train_stay_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert "srun" not in command("rollouts", accelerate="ddp", gpus=8, nodes=4)
+
+
+def test_a_base_model_that_is_only_copied_is_copied_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    copied = command("base", base="some/model", accelerate="ddp", gpus=8, nodes=4)
+    assert "srun" not in copied and "single.yaml" in copied
+
+
+@pytest.mark.parametrize(
+    "more, runtime, message",
+    [
+        ([], {"accelerate": "ddp", "gpus": 8}, "this is no SLURM job"),
+        (
+            ["--rendezvous", "n1:2000", "--machine-rank", "0"],
+            {"accelerate": "cpu"},
+            "needs several processes",
+        ),
+        (["--rendezvous", "n1", "--machine-rank", "0"], {"accelerate": "cpus"}, "HOST:PORT"),
+        (["--rendezvous", "n1:2000"], {"accelerate": "cpus"}, "number of this node, found None"),
+    ],
+)
+def test_what_cannot_be_started_says_what_to_do(
+    more: list[str], runtime: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=message):
+        command("base", *more, nodes=2, **runtime)
+
+
+def test_a_log_begins_with_where_the_stage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    options = parser().parse_args(["run", "base", "--name", "base", "--experiment", "smoke", "--threads", "6"])
+    assert first_line(options).endswith("base base: host n1, SLURM job 13, CUDA_VISIBLE_DEVICES 2,3, threads 6")
