@@ -22,7 +22,7 @@ OVERRIDES = str(config.get("set", "")).split()
 EXPERIMENT = config.get("experiment", "smoke")
 HOME = "results/{experiment}"
 SET = f"--set {' '.join(OVERRIDES)}" if OVERRIDES else ""
-RUN = "ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
+RUN = "python -m ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
 
 
 @functools.cache
@@ -59,6 +59,12 @@ def manifest(kind, name="{name}"):
 
 def checkpoint_manifest(name):
     return f"{HOME}/checkpoints/{name}/ziprc.json"
+
+
+# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/container.py).
+if "container" in config:
+
+    container: config["container"]
 
 
 wildcard_constraints:
