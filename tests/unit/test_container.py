@@ -86,7 +86,7 @@ def test_a_missing_image_says_how_to_build_it(apptainer: Path) -> None:
         container.find_image("auto", _bare(apptainer), gpus=2)
     with pytest.raises(UserError, match="ACCELERATOR=cpu"):
         container.find_image("auto", _bare(apptainer), gpus=0)
-    with pytest.raises(UserError, match="no container image .*mine.sif"):
+    with pytest.raises(UserError, match=r"no container image .*mine\.sif"):
         container.find_image("mine.sif", ROOT, gpus=0)
 
 
