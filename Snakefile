@@ -30,7 +30,7 @@ EXPERIMENT = config.get("experiment", "smoke")
 HOME = "results/{experiment}"
 SITES = check_sites(config.get("classes", {}))
 SET = f"--set {' '.join(OVERRIDES)}" if OVERRIDES else ""
-RUN = "ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
+RUN = "python -m ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
 
 
 @functools.cache
@@ -98,6 +98,12 @@ def parents(rule, name=None):
 
 def checkpoint_manifest(name):
     return f"{HOME}/checkpoints/{name}/ziprc.json"
+
+
+# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/container.py).
+if "container" in config:
+
+    container: config["container"]
 
 
 wildcard_constraints:
