@@ -29,6 +29,7 @@ from ziprc.container import apptainer_arguments, find_image
 from ziprc.errors import UserError, nearest
 from ziprc.needs import trains
 from ziprc.plan import missing
+from ziprc.provenance import hand_on_revision
 from ziprc.stages.context import disk_errors_explained
 
 
@@ -226,6 +227,8 @@ def build(options: argparse.Namespace, config: Config) -> int:
         return subprocess.call(snakemake_command(options, "--dry-run", *(options.targets or ["all"])))
     with disk_errors_explained(layout.home):
         lock = lock_experiment(layout.home)
+        if options.container:
+            hand_on_revision(layout)
     try:
         living.wait_for_jobs(Path.cwd(), options.experiment)
     except KeyboardInterrupt:
