@@ -241,8 +241,9 @@ def _require_manifest(artifact: Path) -> Path:
 
 
 def find_manifests(home: Path) -> list[Path]:
-    """Every manifest of an experiment."""
-    return sorted([*home.glob(f"**/*{MANIFEST_SUFFIX}"), *home.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")])
+    """Every manifest of an experiment; those of unfinished work, in hidden folders, are none."""
+    tables = [p for p in home.glob(f"**/*{MANIFEST_SUFFIX}") if not any(n[0] == "." for n in p.relative_to(home).parts)]
+    return sorted([*tables, *home.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")])
 
 
 def described_files(manifest: Path) -> dict[Path, str]:

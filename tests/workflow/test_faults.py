@@ -144,15 +144,15 @@ def test_a_damaged_input_is_named_and_nothing_is_made_from_it(bench: Bench) -> N
 def test_a_damaged_shard_of_an_earlier_try_is_made_again(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     running = bench.start()
     shards = bench.target.parent / f".{bench.target.stem}.shards"
-    assert running.until(lambda: any(shards.glob("*.parquet")))
+    assert running.until(lambda: any(shards.glob("*.manifest.json")))
     running.kill_all()
-    shard = next(shards.glob("*.parquet"))
+    shard = next(shards.glob("*.manifest.json")).with_suffix("").with_suffix(".parquet")
     data = bytearray(shard.read_bytes())
-    data[200] ^= 8
+    data[random.Random(f"{SEED}/shard").randrange(len(data))] ^= 8
     shard.write_bytes(data)
     make(bench)
     bench.check_final()
-    assert "a damaged shard is made again" in capsys.readouterr().err
+    assert f"{shard} is damaged and is made again" in capsys.readouterr().err
 
 
 # --- processes ---

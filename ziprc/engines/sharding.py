@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ziprc.artifacts import digest_json
+from ziprc.artifacts import digest_json, manifest_of, require_intact, write_manifest
 from ziprc.engines.base import Engine, EngineSettings, OnTokens, Request, Response, make_engine
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_tokenizer
 from ziprc.progress import progress
-from ziprc.schemas import FinishReason, make_table, read_table, write_table
+from ziprc.schemas import FinishReason, make_table, write_table
 
 ID_LENGTH = 24
 
@@ -73,19 +73,21 @@ def shards_of(wanted: Sequence[Sequence[Wanted]], prompts_per_shard: int, folder
 
 
 def drop_stale(folder: Path, shards: Sequence[Shard]) -> None:
-    """Make the folder of the shards and drop from it what belongs to other inputs and what is damaged."""
+    """Make the folder of the shards and drop from it what belongs to other inputs, is unfinished, or is damaged."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = {shard.path.name for shard in shards}
+    kept = {path for shard in shards if _is_whole(shard) for path in (shard.path, manifest_of(shard.path))}
     for found in folder.iterdir():
-        if found.name not in known or not _is_whole(found):
+        if found not in kept:
             found.unlink()
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(shard: Shard) -> bool:
+    if not manifest_of(shard.path).exists():
+        return False
     try:
-        read_table(path, "rollouts")
-    except UserError as error:
-        print(f"a damaged shard is made again: {str(error).partition(' It is truncated')[0]}", file=sys.stderr)
+        require_intact(shard.path)
+    except UserError:
+        print(f"{shard.path} is damaged and is made again", file=sys.stderr, flush=True)
         return False
     return True
 
@@ -133,6 +135,7 @@ def _make_shard(engine: Engine, shard: Shard, job: Job, tokenizer: Any, on_token
     requests = [Request(_rollout_id(w, job.policy), w.prompt, w.seed, job.max_new_tokens) for w in shard.wanted]
     responses = engine.generate(requests, on_tokens)
     write_table(shard.path, "rollouts", rollout_table(shard.wanted, responses, job.policy, tokenizer))
+    write_manifest(shard.path, {}, {})
 
 
 def _run_job(job: Job) -> None:
@@ -245,7 +248,7 @@ def make_shards(
     max_new_tokens: int,
 ) -> None:
     """Make the shards that are not there yet, in this process or in up to `workers` of them."""
-    missing = [shard for shard in shards if not shard.path.exists()]
+    missing = [shard for shard in shards if not manifest_of(shard.path).exists()]
     workers = min(workers, len(missing))
     names = [title] if workers == 1 else [f"{title}, worker {i + 1} of {workers}" for i in range(workers)]
     jobs = [
