@@ -1,7 +1,8 @@
 """Every stage through every fault: never a wrong or half artifact, a word on what happened, the same bytes afterwards.
 
 Trials that need processes run in the background, as many at a time as there are cores; each test waits for its own.
-`make test-faults` prints the table of trials at the end. The seed of the random moments is ZIPRC_FAULT_SEED (0).
+`make test-faults` prints the table of trials at the end. ZIPRC_FAULT_SEED (0) is the seed of the random moments,
+ZIPRC_FAULT_KILLS (8) how often each stage is killed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ziprc.stages.context import Context, perform
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 SEED = os.environ.get("ZIPRC_FAULT_SEED", "0")
-KILLS, CHAINS = 8, 2
+KILLS, CHAINS = int(os.environ.get("ZIPRC_FAULT_KILLS", "8")), 2
 VLLM_KILLS = 4
 VLLM = ("rollouts.engine=vllm",)
 ENGINES = ("rollouts", "samples")  # stages that generate
