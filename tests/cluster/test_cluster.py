@@ -29,6 +29,13 @@ def first_lines(place: Workplace, name: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("--- ")]
 
 
+def plain_snakemake(cluster: Cluster, place: Workplace, *more: str) -> list[str]:
+    """The command line of somebody who uses neither make nor `ziprc build`."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--workflow-profile", str(cluster.profile), *more]
+    return [*command, "--config", "experiment=micro", f"config_file={place.config_file}"]
+
+
 def test_a_chain_of_stages_ends_in_the_same_bytes_as_on_one_machine(builds: Builds) -> None:
     assert builds.cluster.tables() == builds.local.tables()
     assert digest_file(builds.cluster.home / WEIGHTS) == digest_file(builds.local.home / WEIGHTS)
@@ -83,10 +90,7 @@ def test_training_on_two_nodes_is_training_with_two_processes(cluster: Cluster, 
 def test_sigkill_of_snakemake_neither_doubles_nor_loses_a_job(
     cluster: Cluster, builds: Builds, place: Workplace
 ) -> None:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
-    command += ["--workflow-profile", str(cluster.profile), BASE]
-    command += ["--config", "experiment=micro", f"config_file={place.config_file}"]
-    build = started(command, place)
+    build = started(plain_snakemake(cluster, place, BASE), place)
     job = cluster.running_stage(place, build)
     os.killpg(build.pid, signal.SIGKILL)
     build.wait()
@@ -105,6 +109,19 @@ def test_sigkill_of_snakemake_neither_doubles_nor_loses_a_job(
     unlocked = place.run("unlock")
     assert unlocked.returncode == 0 and "lock was removed" in unlocked.stdout
     assert "nothing was locked" in place.run("unlock").stdout
+
+
+def test_past_all_guards_there_is_still_one_writer(cluster: Cluster, place: Workplace) -> None:
+    command = [*plain_snakemake(cluster, place, "--nolock", BASE), "set=base.tokens=150000"]
+    killed = started(command, place)
+    first = cluster.running_stage(place, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    again = started(command, place)  # as after `snakemake --unlock` beside a living job
+    assert again.wait(timeout=300) == 0, said(place)[-3000:]
+    jobs = cluster.ended_jobs(place)
+    assert jobs[0].number == first.number and jobs[0].state == jobs[-1].state == "COMPLETED" and len(jobs) > 1
+    assert "is being written by another process" in said(place), "the second writer was refused and tried again later"
+    assert "nothing to do" in (place.home / "logs" / "base-base.log").read_text()
 
 
 def test_ctrl_c_cancels_the_jobs(cluster: Cluster, place: Workplace) -> None:
