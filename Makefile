@@ -8,6 +8,8 @@ PYTHON ?= python3
 PROFILE ?= default
 SET ?=
 TARGET ?=
+# 1: run the stages in the image that `make image` built; or the path of an image
+CONTAINER ?=
 # Where pip finds CPU builds of torch when its own sources have none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -17,10 +19,13 @@ LOCK := containers/requirements/$(ACCELERATOR).txt
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OPTIONS = --experiment $(EXPERIMENT) $(if $(SET),--set $(SET))
+# a bare --container takes the image that the experiment's GPUs call for
+IMAGE = $(if $(CONTAINER),--container $(filter-out 1,$(CONTAINER)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install smoke all why unlock dag report doctor fetch inspect test test-slow test-cluster lint format lock clean
+.PHONY: help install smoke all why unlock verify dag report doctor fetch inspect image lint format lock clean
+.PHONY: test test-slow test-faults test-cluster test-containers
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,22 +52,25 @@ endif
 	@echo "installed $(LOCK) into $(VENV); check it with: make doctor"
 
 smoke: install ## the whole ZIP-RC pipeline, small, in minutes
-	@ziprc build --experiment smoke --profile $(PROFILE) $(if $(SET),--set $(SET))
+	@ziprc build --experiment smoke $(IMAGE) --profile $(PROFILE) $(if $(SET),--set $(SET))
 
 all: install ## the whole pipeline of EXPERIMENT (default toy)
-	@ziprc build --profile $(PROFILE) $(OPTIONS)
+	@ziprc build $(IMAGE) --profile $(PROFILE) $(OPTIONS)
 
 results/%: install ALWAYS
-	@ziprc build --experiment $(firstword $(subst /, ,$*)) --profile $(PROFILE) $@ $(if $(SET),--set $(SET))
+	@ziprc build --experiment $(firstword $(subst /, ,$*)) $(IMAGE) --profile $(PROFILE) $@ $(if $(SET),--set $(SET))
 
 .PHONY: ALWAYS
 ALWAYS:
 
 why: install ## what would rerun and why (TARGET=results/… for one artifact)
-	@ziprc why $(if $(TARGET),--experiment $(word 2,$(subst /, ,$(TARGET))) $(TARGET) $(if $(SET),--set $(SET)),$(OPTIONS))
+	@ziprc why $(if $(TARGET),$(TARGET) --experiment $(word 2,$(subst /, ,$(TARGET))) $(if $(SET),--set $(SET)),$(OPTIONS)) $(IMAGE)
 
 unlock: install ## remove the lock of a killed run, unless something of it is alive
 	@ziprc unlock $(OPTIONS)
+
+verify: install ## check every digest of EXPERIMENT
+	@ziprc verify results/$(EXPERIMENT)
 
 dag: install ## draw the graph of EXPERIMENT as results/EXPERIMENT/dag.md (Mermaid)
 	@mkdir -p results/$(EXPERIMENT)
@@ -81,14 +89,23 @@ doctor: install ## what is installed, whether it agrees, what to do
 fetch: install ## download models and data of EXPERIMENT beforehand
 	@ziprc fetch $(OPTIONS)
 
+image: ## build the container image of ACCELERATOR (BUILDER=docker, podman, buildah or apptainer)
+	@ACCELERATOR=$(ACCELERATOR) containers/build.sh
+
 test: install ## the tests, under ten minutes
 	@OMP_NUM_THREADS=1 python -m pytest -m "not slow"
 
 test-slow: install ## the long layer: whole workflows, kills, reruns
-	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not cluster"
+	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not faults and not cluster and not containers"
+
+test-faults: install ## every stage through every fault; prints the table of trials
+	@OMP_NUM_THREADS=1 python -m pytest tests/workflow -m faults
 
 test-cluster: install ## the workflow on a real SLURM that the tests bring up on this machine
 	@OMP_NUM_THREADS=1 python -m pytest tests/cluster -m cluster
+
+test-containers: install ## build both kinds of image and run stages in them
+	@OMP_NUM_THREADS=1 python -m pytest -m containers tests/containers
 
 lint: install ## style, layers, workflow
 	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile

@@ -20,7 +20,7 @@ from ziprc.needs import (
     threads as granted,
     trains,
 )
-from ziprc.plan import artifact_names
+from ziprc.plan import artifact_names, parents_of
 
 CONFIG_FILE = Path(
     config.get("config_file", Path(workflow.basedir) / "config.yaml")
@@ -30,7 +30,7 @@ EXPERIMENT = config.get("experiment", "smoke")
 HOME = "results/{experiment}"
 SITES = check_sites(config.get("classes", {}))
 SET = f"--set {' '.join(OVERRIDES)}" if OVERRIDES else ""
-RUN = "ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
+RUN = "python -m ziprc run {rule} --config-file {CONFIG_FILE} --experiment {wildcards.experiment} --threads {threads} {SET} --name "
 
 
 @functools.cache
@@ -85,17 +85,29 @@ def table(kind, name="{name}"):
     )
 
 
-def manifest(kind, name="{name}"):
-    return str(manifest_of(Path(f"{HOME}/{kind}/{name}.parquet")))
+def parents(rule, name=None):
+    """The manifests of what an artifact is made from; its name is the wildcard unless the rule makes only one."""
+
+    def manifests(w):
+        layout = Layout(Path("results"), w.experiment)
+        found = parents_of(resolved(w.experiment), layout, rule, name or w.name)
+        return [str(manifest_of(path)) for path in found.values()]
+
+    return manifests
 
 
 def checkpoint_manifest(name):
     return f"{HOME}/checkpoints/{name}/ziprc.json"
 
 
+# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/container.py).
+if "container" in config:
+
+    container: config["container"]
+
+
 wildcard_constraints:
     experiment=r"[^/]+",
-    head=r"noisy(-fold\d+)?|ziprc|lite",
     name=r"[^/]+",
 
 
@@ -146,10 +158,7 @@ rule base:
 
 rule rollouts:
     input:
-        prompts=lambda w: manifest("prompts", settings.prompts_of(w.name)),
-        policy=lambda w: checkpoint_manifest(
-            settings.policy_of(resolved(w.experiment), w.name)
-        ),
+        parents("rollouts"),
     output:
         **table("rollouts"),
     log:
@@ -170,8 +179,7 @@ rule rollouts:
 
 rule grades:
     input:
-        prompts=lambda w: manifest("prompts", settings.prompts_of(w.name)),
-        rollouts=manifest("rollouts"),
+        parents("grades"),
     output:
         **table("grades"),
     log:
@@ -190,43 +198,32 @@ rule grades:
         RUN + "{wildcards.name} > {log} 2>&1"
 
 
-def labels(w):
-    """What a head is trained on: scores, or the critics' values."""
-    label = settings.head_of(resolved(w.experiment), w.head).label
-    return manifest({"score": "grades", "value": "values"}[label], "train")
-
-
 rule train_joint:
     input:
-        base=checkpoint_manifest("base"),
-        rollouts=manifest("rollouts", "train"),
-        labels=labels,
+        parents("train_joint"),
     output:
-        update(checkpoint_manifest("{head}")),
+        update(checkpoint_manifest("{name}")),
     log:
-        f"{HOME}/logs/train_joint-{{head}}.log",
+        f"{HOME}/logs/train_joint-{{name}}.log",
     benchmark:
-        f"{HOME}/benchmarks/train_joint-{{head}}.tsv"
+        f"{HOME}/benchmarks/train_joint-{{name}}.tsv"
+    wildcard_constraints:
+        name=r"noisy(-fold\d+)?|ziprc|lite",
     threads: cores("big-gpu")
     resources:
         **needs("big-gpu"),
     params:
-        section=lambda w: settings.params_of(
-            resolved(w.experiment), "train_joint", w.head
-        ),
+        section=section("train_joint"),
         code=code("train_joint"),
     message:
-        "train_joint: the joint head {wildcards.head} of {wildcards.experiment}"
+        "train_joint: the joint head {wildcards.name} of {wildcards.experiment}"
     shell:
-        RUN + "{wildcards.head} > {log} 2>&1"
+        RUN + "{wildcards.name} > {log} 2>&1"
 
 
 rule values:
     input:
-        rollouts=manifest("rollouts"),
-        critics=lambda w: [
-            checkpoint_manifest(c) for c in settings.critics(resolved(w.experiment))
-        ],
+        parents("values"),
     output:
         **table("values"),
     log:
@@ -247,8 +244,7 @@ rule values:
 
 rule introspection:
     input:
-        rollouts=lambda w: manifest("rollouts", settings.introspected(w.name)[0]),
-        head=lambda w: checkpoint_manifest(settings.introspected(w.name)[1]),
+        parents("introspection"),
     output:
         **table("introspection"),
     log:
@@ -269,9 +265,7 @@ rule introspection:
 
 rule baselines:
     input:
-        base=checkpoint_manifest("base"),
-        train=[manifest("rollouts", "train"), manifest("grades", "train")],
-        test=manifest("rollouts", "{name}"),
+        parents("baselines"),
     output:
         **table("baselines"),
     log:
@@ -292,11 +286,7 @@ rule baselines:
 
 rule calibration:
     input:
-        prompts=manifest("prompts", "validation"),
-        rollouts=manifest("rollouts", "validation-{name}"),
-        grades=manifest("grades", "validation-{name}"),
-        introspection=manifest("introspection", "validation-{name}"),
-        checkpoint=checkpoint_manifest("{name}"),
+        parents("calibration"),
     output:
         file=update(f"{HOME}/checkpoints/{{name}}/calibration.json"),
         manifest=update(f"{HOME}/checkpoints/{{name}}/calibration.manifest.json"),
@@ -318,11 +308,7 @@ rule calibration:
 
 rule frontier:
     input:
-        prompts=[manifest("prompts", n) for n in ("validation", "test")],
-        rollouts=[manifest("rollouts", n) for n in settings.POOLS],
-        grades=[manifest("grades", n) for n in settings.POOLS],
-        introspection=[manifest("introspection", n) for n in settings.POOLS],
-        calibration=f"{HOME}/checkpoints/ziprc/calibration.manifest.json",
+        parents("frontier", "frontier"),
     output:
         record=update(f"{HOME}/frontier.json"),
         manifest=update(f"{HOME}/frontier.manifest.json"),
@@ -344,10 +330,7 @@ rule frontier:
 
 rule samples:
     input:
-        prompts=manifest("prompts", "test"),
-        checkpoint=checkpoint_manifest("ziprc"),
-        calibration=f"{HOME}/checkpoints/ziprc/calibration.manifest.json",
-        frontier=f"{HOME}/frontier.manifest.json",
+        parents("samples"),
     output:
         **table("samples"),
     log:
@@ -366,22 +349,9 @@ rule samples:
         RUN + "{wildcards.name} > {log} 2>&1"
 
 
-def heads(w):
-    return ["ziprc"] + (["lite"] if resolved(w.experiment).train_joint.lite else [])
-
-
 rule evaluate:
     input:
-        prompts=manifest("prompts", "test"),
-        checkpoints=[checkpoint_manifest("base"), checkpoint_manifest("ziprc")],
-        rollouts=[
-            manifest("rollouts", n)
-            for n in ("train", "test", "test-many", "test-ziprc")
-        ],
-        grades=[manifest("grades", n) for n in ("train", "test", "test-ziprc")],
-        values=[manifest("values", n) for n in ("train", "test-many")],
-        introspection=lambda w: [manifest("introspection", head) for head in heads(w)],
-        baselines=manifest("baselines", "test"),
+        parents("evaluate", "metrics"),
     output:
         metrics=update(f"{HOME}/metrics.json"),
         manifest=update(f"{HOME}/metrics.manifest.json"),
@@ -403,12 +373,7 @@ rule evaluate:
 
 rule report:
     input:
-        metrics=f"{HOME}/metrics.manifest.json",
-        frontier=f"{HOME}/frontier.manifest.json",
-        samples=lambda w: [
-            manifest("samples", policy)
-            for policy in resolved(w.experiment).samples.policies
-        ],
+        parents("report", "report"),
     output:
         page=report(update(f"{HOME}/report.html"), category="report"),
         manifest=update(f"{HOME}/report.manifest.json"),

@@ -91,7 +91,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder} has {free / 2**20:.0f} MiB free, but this stage needs about {needed_bytes / 2**20:.0f} MiB. "
+            f"{folder} has {free / 2**20:.1f} MiB free, but this stage needs about {needed_bytes / 2**20:.1f} MiB. "
             "Free some space, or put the results folder on another disk (a symbolic link `results` will do)."
         )
 
@@ -181,8 +181,13 @@ def write_text(target: Path, text: str) -> None:
         private.write_text(text)
 
 
+def json_text(value: Any) -> str:
+    """A JSON value as this project writes it into files."""
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
 def write_json(target: Path, value: Any) -> None:
-    write_text(target, json.dumps(value, indent=1, sort_keys=True) + "\n")
+    write_text(target, json_text(value))
 
 
 def read_json(path: Path) -> Any:
@@ -204,8 +209,9 @@ def write_sealed(target: Path, record: Mapping[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The content of a manifest, without its seal; UserError when it was damaged or edited."""
     record = read_json(path)
+    written = json_text(record)
     seal = record.pop(SEAL, None) if isinstance(record, dict) else None
-    if seal is None or seal != digest_json(record):
+    if seal is None or seal != digest_json(record) or path.read_text() != written:
         raise UserError(
             f"{path} was damaged or edited: its content does not have the digest that it was sealed with. "
             f"Delete it and build it again: `make {path}`."

@@ -149,6 +149,14 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_container_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--container", nargs="?", const="auto", metavar="IMAGE",
+        help="run the stages in a container image: cpu or cuda as `make image` built it, the path of another, or what the "
+        "experiment's GPUs call for",
+    )  # fmt: skip
+
+
 def add_sample_arguments(sub: argparse.ArgumentParser) -> None:
     """The options of `ziprc sample`; what is left out comes from the checkpoint's experiment."""
     sub.add_argument("prompt", help="the question, as the checkpoint's task asks it")
@@ -203,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("targets", nargs="*", help="artifact files; all of them when empty")
     sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
     sub.add_argument("--dry-run", action="store_true")
+    add_container_argument(sub)
     add_experiment_arguments(sub)
 
     sub = command(
@@ -210,6 +219,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("targets", nargs="*")
     sub.add_argument("--profile")
+    add_container_argument(sub)
     add_experiment_arguments(sub)
 
     sub = command("unlock", unlock, "remove a lock that a killed run left", "ziprc unlock --experiment smoke")

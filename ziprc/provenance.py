@@ -53,6 +53,7 @@ ENVIRONMENT = (
     "OMP_NUM_THREADS", "WORLD_SIZE",
 )  # fmt: skip
 GIT_TIMEOUT_S = 20
+REVISION_VARIABLE = "ZIPRC_REVISION"  # commit:diff
 
 
 def versions() -> dict[str, str]:
@@ -151,10 +152,14 @@ def peak_memory_mib() -> dict[str, float]:
 
 
 def revision(layout: Layout) -> dict[str, str | None]:
-    """Commit of the code, and the file under `provenance/` that holds what differed from it; None without git."""
+    """Commit of the code, and the file under `provenance/` that holds what differed from it.
+
+    Where there is no git, as in a container, what `hand_on_revision` found outside; None when nobody knows.
+    """
     commit = _git("rev-parse", "HEAD")
     if commit is None:
-        return {"commit": None, "diff": None}
+        known, _, diff = os.environ.get(REVISION_VARIABLE, "").partition(":")
+        return {"commit": known or None, "diff": diff or None}
     difference = (_git("diff", "HEAD", "--", ".") or "") + _untracked()
     if not difference:
         return {"commit": commit.strip(), "diff": None}
@@ -162,6 +167,12 @@ def revision(layout: Layout) -> dict[str, str | None]:
     if not path.exists():
         write_text(path, difference)
     return {"commit": commit.strip(), "diff": path.name}
+
+
+def hand_on_revision(layout: Layout) -> None:
+    """Put the revision into the environment, for stages that will run where there is no git."""
+    found = revision(layout)
+    os.environ[REVISION_VARIABLE] = f"{found['commit'] or ''}:{found['diff'] or ''}"
 
 
 def _git(*command: str) -> str | None:

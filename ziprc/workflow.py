@@ -24,10 +24,13 @@ import yaml
 
 from ziprc import living
 from ziprc.artifacts import Layout
-from ziprc.config import Config
+from ziprc.config import Config, load
+from ziprc.container import apptainer_arguments, find_image
 from ziprc.errors import UserError, nearest
 from ziprc.needs import trains
 from ziprc.plan import missing
+from ziprc.provenance import hand_on_revision
+from ziprc.stages.context import disk_errors_explained
 
 
 def root_of(config_file: Path) -> Path:
@@ -155,7 +158,25 @@ def snakemake_command(options: argparse.Namespace, *extra: str) -> list[str]:
     settings = [f"experiment={options.experiment}", f"config_file={options.config_file.resolve()}"]
     if options.set:
         settings.append(f"set={' '.join(options.set)}")
+    if vars(options).get("container"):
+        image, arguments = container_of(options)
+        command += ["--software-deployment-method", "apptainer", f"--apptainer-args={arguments}"]
+        settings.append(f"container={image}")
     return [*command, *extra, "--config", *settings]
+
+
+def container_of(options: argparse.Namespace) -> tuple[Path, str]:
+    """The image that the stages run in, and what Apptainer is told; UserError when that can't work."""
+    config = load(options.config_file, options.experiment, options.set)
+    nodes = getattr(config.runtime, "nodes", 1)
+    if nodes > 1:
+        raise UserError(
+            f"runtime.nodes={nodes} does not go with a container: the other nodes are started by srun, which is not in the "
+            "image. Set runtime.nodes=1, or build without CONTAINER."
+        )
+    root = root_of(options.config_file)
+    image = find_image(options.container, root, config.runtime.gpus)
+    return image, apptainer_arguments(config, options.config_file, options.results, root)
 
 
 def profile_folder(root: Path, name: str | None) -> Path:
@@ -204,7 +225,10 @@ def build(options: argparse.Namespace, config: Config) -> int:
     layout = Layout(options.results, options.experiment)
     if options.dry_run:
         return subprocess.call(snakemake_command(options, "--dry-run", *(options.targets or ["all"])))
-    lock = lock_experiment(layout.home)
+    with disk_errors_explained(layout.home):
+        lock = lock_experiment(layout.home)
+        if options.container:
+            hand_on_revision(layout)
     try:
         living.wait_for_jobs(Path.cwd(), options.experiment)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_tokenizer
 from ziprc.artifacts import write_sealed
@@ -194,6 +195,15 @@ def test_a_checkpoint_whose_slice_overlaps_its_tokenizer_is_refused_on_load(tmp_
 def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="has no joint head"):
         read_joint_head(tiny_checkpoint(tmp_path / "base", joint=False))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_saved_tokenizer_does_not_tell_whether_the_machine_was_offline(tmp_path: Path, offline: bool) -> None:
+    folder = tiny_checkpoint(tmp_path / "ziprc")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=offline)
+    assert "local_files_only" in tokenizer.init_kwargs  # else this test is about nothing, and so is the line it holds
+    load_tokenizer(folder).save_pretrained(tmp_path / "again")
+    assert "local_files_only" not in (tmp_path / "again" / "tokenizer_config.json").read_text()
 
 
 def test_a_grid_that_does_not_match_its_rows_is_refused(tmp_path: Path):

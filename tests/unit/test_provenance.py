@@ -181,7 +181,17 @@ def test_the_commit_and_what_differs_from_it_are_kept(tmp_path: Path, monkeypatc
 
 def test_without_git_the_revision_is_unknown_and_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
     assert provenance.revision(Layout(tmp_path, "x")) == {"commit": None, "diff": None}
+
+
+def test_a_stage_without_git_knows_what_was_found_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(tmp_path, "x")
+    monkeypatch.setenv(provenance.REVISION_VARIABLE, "")  # so that it is put back
+    provenance.hand_on_revision(layout)
+    outside = provenance.revision(layout)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.revision(layout) == outside
 
 
 # --- verify ---

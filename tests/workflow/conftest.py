@@ -14,6 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 MICRO = Path(__file__).parent / "micro.yaml"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of fault trials, when there were any."""
+    from tests.workflow.faults import LEDGER
+
+    if LEDGER.trials:
+        terminalreporter.section("trials that went as they must, by stage and fault")
+        terminalreporter.write_line(LEDGER.table())
+
+
 class Workplace:
     """A folder with `results/` in it, and the command line to work there."""
 

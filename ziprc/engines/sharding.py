@@ -27,7 +27,7 @@ from ziprc.engines.base import Engine, EngineSettings, OnTokens, Request, Respon
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_tokenizer
 from ziprc.progress import progress
-from ziprc.schemas import FinishReason, make_table, write_table
+from ziprc.schemas import FinishReason, make_table, read_table, write_table
 
 ID_LENGTH = 24
 
@@ -73,12 +73,21 @@ def shards_of(wanted: Sequence[Sequence[Wanted]], prompts_per_shard: int, folder
 
 
 def drop_stale(folder: Path, shards: Sequence[Shard]) -> None:
-    """Make the folder of the shards and drop from it whatever belongs to another version of the inputs."""
+    """Make the folder of the shards and drop from it what belongs to other inputs and what is damaged."""
     folder.mkdir(parents=True, exist_ok=True)
     known = {shard.path.name for shard in shards}
-    for stale in folder.iterdir():
-        if stale.name not in known:
-            stale.unlink()
+    for found in folder.iterdir():
+        if found.name not in known or not _is_whole(found):
+            found.unlink()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_table(path, "rollouts")
+    except UserError as error:
+        print(f"a damaged shard is made again: {str(error).partition(' It is truncated')[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 # --- one process: engine, shards ------------------------------------------------------------------------------------

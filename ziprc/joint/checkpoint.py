@@ -45,7 +45,9 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Copy the tokenizer files of the "
             "base model into it."
         )
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # else whether this machine is offline would be saved with it
+    return tokenizer
 
 
 def load_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

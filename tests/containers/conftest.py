@@ -1,0 +1,260 @@
+"""Both images, built for real from nothing but Debian's mirror and PyPI; named skips for what cannot be had.
+
+The definitions are the product's own; only their base is replaced, since no registry of images is asked here: a Debian
+made by mmdebstrap. What is downloaded (the base, the wheels, Apptainer) is kept between runs in the user's cache folder
+`ziprc-tests`; images are always built anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.workflow.conftest import MICRO, ROOT, Workplace
+from ziprc.artifacts import digest_file
+
+try:  # the SLURM of the cluster's tests, for this folder's session
+    from tests.cluster.conftest import cluster
+except ImportError:
+
+    @pytest.fixture(scope="session")
+    def cluster() -> None:
+        pytest.skip("there is no tests/cluster to bring SLURM up")
+
+
+HERE = Path(__file__).parent
+LOCK = ROOT / "containers" / "requirements" / "cpu.txt"
+SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # Debian's own Python must be the one the wheels are for
+GRADES = "results/micro/grades/train.parquet"
+SECONDS: dict[str, float] = {}
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    begin = time.monotonic()
+    yield
+    SECONDS[what] = SECONDS.get(what, 0) + time.monotonic() - begin
+
+
+def call(command: list[str | Path], what: str, **more: object) -> subprocess.CompletedProcess[str]:
+    """Run a command that gets something from outside; a skip with the reason when it can't."""
+    with timed(what):
+        done = subprocess.run(command, capture_output=True, text=True, **more)  # type: ignore[call-overload]
+    if done.returncode:
+        pytest.skip(f"{what}: {(done.stderr or done.stdout).strip()[-400:]}")
+    return done
+
+
+def cache() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziprc-tests" / "containers"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# --- what is needed from outside -------------------------------------------------------------------------------------
+
+
+def require(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+def debian() -> Path:
+    """A tarball of a minimal Debian with Python."""
+    tarball = cache() / f"debian-{SUITES[sys.version_info[:2]]}.tar"
+    if not tarball.exists():
+        partial = tarball.with_suffix(".partial.tar")
+        packages = "--include=python3,python3-venv,ca-certificates"
+        command = ["mmdebstrap", "--variant=minbase", packages, "--dpkgopt=force-unsafe-io", tarball.stem[7:], partial]
+        call(command, "Debian base (mmdebstrap)")
+        partial.rename(tarball)
+    return tarball
+
+
+def wheelhouse() -> Path:
+    """A folder with every wheel of the CPU lock, by this machine's pip and its settings."""
+    folder = cache() / f"wheels-{digest_file(LOCK)[:12]}"
+    if not folder.exists():
+        for stale in cache().glob("wheels-*"):
+            shutil.rmtree(stale)
+        partial = cache() / "wheels-partial"
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", partial, "-r", LOCK]
+        call(download, "wheels of the lock (pip download)")
+        partial.rename(folder)
+    return folder
+
+
+def find_apptainer() -> Path:
+    """The machine's Apptainer, or Debian's in a private folder."""
+    found = shutil.which("apptainer")
+    if found is None:
+        call([HERE / "apptainer.sh", cache() / "apptainer"], "Apptainer (Debian's package)")
+        found = str(cache() / "apptainer" / "tool" / "apptainer")
+    return Path(found)
+
+
+@dataclass(frozen=True)
+class Supplies:
+    """What both builds start from."""
+
+    debian: Path
+    wheels: Path
+
+
+@pytest.fixture(scope="session")
+def supplies() -> Supplies:
+    if os.getuid() != 0:
+        pytest.skip("it needs root, to make a Debian base")
+    if sys.version_info[:2] not in SUITES:
+        pytest.skip(f"no Debian release has Python {sys.version.split()[0]}, so the wheels would not fit")
+    require("mmdebstrap")
+    with ThreadPoolExecutor() as pool:
+        base, wheels = pool.submit(debian), pool.submit(wheelhouse)
+        return Supplies(base.result(), wheels.result())
+
+
+# --- the images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def apptainer() -> Path:
+    return find_apptainer()
+
+
+@pytest.fixture(scope="session")
+def image(supplies: Supplies, apptainer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The CPU image by Apptainer."""
+    folder = tmp_path_factory.mktemp("apptainer")
+    base = folder / "base"
+    base.mkdir()
+    # device nodes cannot be copied inside a user namespace
+    subprocess.run(["tar", "-x", "-f", supplies.debian, "-C", base, "--exclude=./dev/*"], check=True)
+    own = {
+        "BUILDER": "apptainer",
+        "BOOTSTRAP": "localimage",
+        "BASE": str(base),
+        "WHEELS": str(supplies.wheels),
+        "IMAGES": str(folder / "images"),
+        "MKSQUASHFS_ARGS": "-comp zstd -Xcompression-level 1",
+        "APPTAINER_TMPDIR": str(folder),
+        "PATH": f"{apptainer.parent}:{os.environ['PATH']}",
+        **SENTINELS,
+    }
+    built(folder, own, "SIF: build")
+    shutil.rmtree(base)
+    [made] = (folder / "images").iterdir()
+    yield made
+    shutil.rmtree(folder)
+
+
+# Settings of the building machine that must not get into an image.
+SENTINELS = {"PIP_TRUSTED_HOST": "sentinel-of-this-machine.invalid", "PIP_RETRIES": "7"}
+
+
+def built(folder: Path, own: dict[str, str], what: str) -> str:
+    """Run containers/build.sh; what it printed."""
+    with timed(what), open(folder / "build.log", "w") as log:
+        code = subprocess.call(
+            [ROOT / "containers" / "build.sh"], env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT
+        )
+    said = (folder / "build.log").read_text()
+    assert code == 0, said[-4000:]
+    return said
+
+
+@dataclass(frozen=True)
+class Store:
+    """A private store of Buildah images, and the CPU image in it."""
+
+    environment: dict[str, str]
+    tag: str
+
+    def buildah(self, *arguments: str) -> str:
+        done = subprocess.run(
+            ["buildah", *arguments], env={**os.environ, **self.environment}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def store(supplies: Supplies, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """The CPU image by Buildah, from the Dockerfile."""
+    require("buildah")
+    folder = tmp_path_factory.mktemp("buildah")
+    (folder / "storage.conf").write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/graph"\nrunroot = "{folder}/run"\n'
+    )
+    own = {
+        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        "BUILDAH_ISOLATION": "chroot",
+        "BUILDER": "buildah",
+        "BASE": "localhost/debian-with-python:tests",
+        "WHEELS": str(supplies.wheels),
+        "TMPDIR": str(folder),
+        **SENTINELS,
+    }
+    empty = Store(own, "")
+    try:
+        with timed("Buildah: base from the tarball"):
+            context = folder / "base"
+            context.mkdir()
+            (context / "Dockerfile").write_text(f"FROM scratch\nADD {supplies.debian.name} /\n")
+            shutil.copy(supplies.debian, context)
+            empty.buildah("build", "--quiet", "--tag", own["BASE"], str(context))
+        said = built(folder, own, "Buildah: build")
+        yield Store(own, said.partition("image: built ")[2].split()[0])
+    finally:
+        empty.buildah("rm", "--all")
+        empty.buildah("rmi", "--all", "--force")
+        left = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
+        for mount in left:  # the store itself is mounted onto itself while it is in use
+            subprocess.run(["umount", mount.split()[1]], check=True)
+        shutil.rmtree(folder)
+
+
+# --- building an experiment ------------------------------------------------------------------------------------------
+
+
+class Place(Workplace):
+    """A folder to build in, as a user would: nothing set but PATH, and HOME elsewhere."""
+
+    def __init__(self, folder: Path, home: Path, **own: str) -> None:
+        super().__init__(folder, MICRO, "micro")
+        self.user_home, self.own = home, own
+        folder.mkdir(exist_ok=True)
+
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "PYTHON"))}
+        mine = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(self.user_home), "OMP_NUM_THREADS": "1"}
+        return kept | mine | self.own
+
+    def build(self, *more: str) -> str:
+        """`ziprc build` to a good end; what it printed."""
+        done = subprocess.run(
+            self.command("build", *more), cwd=self.folder, env=self.environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How long each part took, and what did not run and why."""
+    for what, seconds in SECONDS.items():
+        terminalreporter.write_line(f"containers: {seconds:6.1f} s  {what}")
+    here = str(HERE.relative_to(ROOT))
+    for report in terminalreporter.stats.get("skipped", []):
+        if getattr(report, "nodeid", "").startswith(here):
+            terminalreporter.write_line(f"  not run: {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
