@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import BASE, Builds, Cluster, said, started
-from tests.workflow.conftest import ROOT, Workplace
+from tests.cluster.conftest import BASE, Builds, Cluster, plain_snakemake, said, started
+from tests.workflow.conftest import Workplace
 from ziprc.artifacts import digest_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -27,13 +25,6 @@ def first_lines(place: Workplace, name: str) -> list[str]:
     """The lines of a stage's log that say where it ran."""
     text = (place.home / "logs" / f"{name}.log").read_text()
     return [line for line in text.splitlines() if line.startswith("--- ")]
-
-
-def plain_snakemake(cluster: Cluster, place: Workplace, *more: str) -> list[str]:
-    """The command line of somebody who uses neither make nor `ziprc build`."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
-    command += ["--workflow-profile", str(cluster.profile), *more]
-    return [*command, "--config", "experiment=micro", f"config_file={place.config_file}"]
 
 
 def test_a_chain_of_stages_ends_in_the_same_bytes_as_on_one_machine(builds: Builds) -> None:
@@ -61,14 +52,9 @@ def test_logs_lie_where_the_documentation_says(cluster: Cluster, builds: Builds)
     assert f"SLURM job {numbers['rollouts']}" in first_lines(builds.cluster, "rollouts-train")[0]
 
 
-def test_a_cancelled_job_is_submitted_again(cluster: Cluster, builds: Builds, place: Workplace) -> None:
-    build = cluster.start(place, BASE)
-    victim = cluster.running_stage(place, build)
-    subprocess.run(["scancel", victim.number], check=True)
-    assert build.wait(timeout=200) == 0
-    jobs = cluster.jobs(place)
-    assert [job.state for job in jobs] == ["CANCELLED", "COMPLETED"] and jobs[0].number == victim.number
-    assert digest_file(place.home / WEIGHTS) == digest_file(builds.local.home / WEIGHTS)
+def test_a_cancelled_job_is_submitted_again(cluster: Cluster, builds: Builds) -> None:
+    assert [job.state for job in cluster.jobs(builds.cancelled)] == ["CANCELLED", "COMPLETED"]
+    assert digest_file(builds.cancelled.home / WEIGHTS) == digest_file(builds.local.home / WEIGHTS)
 
 
 def test_a_job_that_ran_out_of_memory_comes_back_with_more(cluster: Cluster, builds: Builds) -> None:
@@ -111,17 +97,11 @@ def test_sigkill_of_snakemake_neither_doubles_nor_loses_a_job(
     assert "nothing was locked" in place.run("unlock").stdout
 
 
-def test_past_all_guards_there_is_still_one_writer(cluster: Cluster, place: Workplace) -> None:
-    command = [*plain_snakemake(cluster, place, "--nolock", BASE), "set=base.tokens=150000"]
-    killed = started(command, place)
-    first = cluster.running_stage(place, killed)
-    os.killpg(killed.pid, signal.SIGKILL)
-    again = started(command, place)  # as after `snakemake --unlock` beside a living job
-    assert again.wait(timeout=300) == 0, said(place)[-3000:]
-    jobs = cluster.ended_jobs(place)
-    assert jobs[0].number == first.number and jobs[0].state == jobs[-1].state == "COMPLETED" and len(jobs) > 1
-    assert "is being written by another process" in said(place), "the second writer was refused and tried again later"
-    assert "nothing to do" in (place.home / "logs" / "base-base.log").read_text()
+def test_past_all_guards_there_is_still_one_writer(cluster: Cluster, builds: Builds) -> None:
+    jobs = cluster.jobs(builds.forced)
+    assert jobs[0].state == jobs[-1].state == "COMPLETED" and len(jobs) > 1
+    assert "is being written by another process" in said(builds.forced), "the second writer was refused"
+    assert "nothing to do" in (builds.forced.home / "logs" / "base-base.log").read_text(), "and then found it made"
 
 
 def test_ctrl_c_cancels_the_jobs(cluster: Cluster, place: Workplace) -> None:
