@@ -49,9 +49,6 @@ class Layout:
     def log(self, stage: str, name: str) -> Path:
         return self.home / "logs" / f"{stage}-{name}.log"
 
-    def benchmark(self, stage: str, name: str) -> Path:
-        return self.home / "benchmarks" / f"{stage}-{name}.tsv"
-
     def provenance(self, stage: str, name: str) -> Path:
         """How an artifact came to be; no artifact itself (ziprc/provenance.py)."""
         return self.home / "provenance" / f"{stage}-{name}.json"

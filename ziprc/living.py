@@ -27,7 +27,9 @@ SECONDS_FOR_AN_ANSWER = 30  # a busy controller takes some
 NO_CLUSTER = "Could not establish a configuration source"  # SLURM's commands, installed without a configuration
 SECONDS_BETWEEN_LOOKS = 10
 SECONDS_BETWEEN_LINES = 60
-OURS = re.compile(r"ziprc\.stages\.|-m ziprc (build|run)\b|-m snakemake\b|bin/snakemake\b|ziprc\.cli (build|run)\b|bin/ziprc (build|run)\b")
+OURS = re.compile(
+    r"ziprc\.stages\.|-m ziprc (build|run)\b|-m snakemake\b|bin/snakemake\b|ziprc\.cli (build|run)\b|bin/ziprc (build|run)\b"
+)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ziprc.evaluation.logits import Reading, kl_drift, token_scores
 from ziprc.evaluation.metrics import LengthReference, NoLoss, Target, policy_record
 from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions
 from ziprc.evaluation.probes import ProbeSettings, logistic_prediction, probe_prediction
-from ziprc.evaluation.report import negative_findings, read_benchmarks
+from ziprc.evaluation.report import negative_findings, read_costs
 from ziprc.evaluation.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
 from ziprc.evaluation.summary import summary
 from ziprc.joint import readout
@@ -37,9 +37,9 @@ from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model, read_joint_head
 from ziprc.joint.readout import TokenPair
 from ziprc.schemas import make_table, read_table, write_table
-from ziprc.stages import baselines, evaluate, introspection, report, values
+from ziprc.stages import baselines, evaluate, introspection, prompts, report, values
 from ziprc.stages.baselines import text_rows
-from ziprc.stages.context import Context
+from ziprc.stages.context import Context, perform
 
 CONFIG = {
     "evaluate": {"bootstrap": 50, "last_k": 4},
@@ -648,11 +648,13 @@ def test_findings_name_missed_targets_and_better_baselines(experiment: Context):
     assert "log-probabilities" in found
 
 
-def test_benchmarks_tolerate_missing_numbers_and_empty_files(tmp_path: Path):
-    (tmp_path / "a.tsv").write_text("s\th:m:s\tmax_rss\n2.5\t0:00:02\tNA\n")
-    (tmp_path / "b.tsv").write_text("")
-    (tmp_path / "c.tsv").write_text("s\th:m:s\tmax_rss\n1\t0:00:01\t5\n3\t0:00:03\t7.5\n")
-    assert [(b.job, b.seconds, b.max_rss_mb) for b in read_benchmarks(tmp_path)] == [("a", 2.5, None), ("c", 3.0, 7.5)]
+def test_costs_are_read_from_the_provenance(tmp_path: Path):
+    layout = Layout(tmp_path, "tiny")
+    assert read_costs(layout.home / "provenance") == []
+    context = Context(Config.model_validate({"prompts": {"train": 3}}), layout, "train")
+    perform("prompts", prompts.run, context)
+    (cost,) = read_costs(layout.home / "provenance")
+    assert cost.job == "prompts train" and cost.seconds < 60 and cost.peak_mib > 10
 
 
 def test_the_summary_has_a_row_per_target_and_a_column_per_run(tmp_path: Path) -> None:

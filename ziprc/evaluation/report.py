@@ -8,7 +8,6 @@ mailed or archived.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ziprc.artifacts import read_json
 from ziprc.evaluation import dag, figures
 from ziprc.evaluation.inspection import InspectedRollout, length_labels
 from ziprc.evaluation.metrics import MAIN
@@ -54,12 +54,12 @@ LENGTH_METRICS = {
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """Cost of one job, as Snakemake measured it."""
+class Cost:
+    """What making one artifact took, as its provenance says: seconds of work, and memory of its largest process."""
 
     job: str
     seconds: float
-    max_rss_mb: float | None
+    peak_mib: float
 
 
 @dataclass(frozen=True)
@@ -69,28 +69,23 @@ class Page:
     metrics: Record
     config: Record
     graph: dag.Parents
-    benchmarks: Sequence[Benchmark] = ()
+    costs: Sequence[Cost] = ()
     rollouts: Sequence[InspectedRollout] = field(default_factory=tuple)
     sampling: Record | None = None  # frontier.json
     live: Record = field(default_factory=dict)  # samples/<policy>.json by policy
 
 
-def read_benchmarks(folder: Path) -> list[Benchmark]:
-    """Every benchmark file of an experiment; repeated runs of a job count with their last row."""
-    out = []
-    for path in sorted(folder.glob("*.tsv")):
-        with open(path, newline="") as handle:
-            rows = list(csv.DictReader(handle, delimiter="\t"))
-        if rows and _number(rows[-1].get("s")) is not None:
-            out.append(Benchmark(path.stem, _number(rows[-1]["s"]) or 0.0, _number(rows[-1].get("max_rss"))))
-    return out
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None  # Snakemake writes NA for a job that was too short to measure
+def read_costs(folder: Path) -> list[Cost]:
+    """The cost of every artifact whose provenance lies in `folder`."""
+    records = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    return [
+        Cost(
+            f"{r['stage']} {r['name']}",
+            r["seconds"],
+            max(r["peak_memory_mib"][p] for p in ("process", "largest_child")),
+        )
+        for r in records
+    ]
 
 
 # --- findings --------------------------------------------------------------------------------------------------------
@@ -333,21 +328,22 @@ def _styles(styles: Sequence[Record]) -> str:
     return "<br>".join(shown)
 
 
-def _costs(benchmarks: Sequence[Benchmark]) -> str:
-    if not benchmarks:
-        return section("Costs", say("There are no benchmark files: the stages were not started by the workflow."))
-    longest = max(b.seconds for b in benchmarks)
+def _costs(costs: Sequence[Cost]) -> str:
+    if not costs:
+        return section("Costs", say("There is no provenance: the artifacts were not made by stages of this version."))
+    longest = max(max(c.seconds for c in costs), 1e-9)
     rows = [
         [
-            esc(b.job), f"{b.seconds:,.1f}", "–" if b.max_rss_mb is None else f"{b.max_rss_mb:,.0f}",
-            f'<div class="bar" style="width:{100 * b.seconds / longest:.1f}%"></div>',
+            esc(c.job), f"{c.seconds:,.1f}", f"{c.peak_mib:,.0f}",
+            f'<div class="bar" style="width:{100 * c.seconds / longest:.1f}%"></div>',
         ]
-        for b in sorted(benchmarks, key=lambda b: -b.seconds)
+        for c in sorted(costs, key=lambda c: -c.seconds)
     ]  # fmt: skip
-    total = sum(b.seconds for b in benchmarks)
-    memory = max((b.max_rss_mb or 0.0 for b in benchmarks), default=0.0)
-    text = f"{total / 60:,.1f} minutes of jobs in all, the largest with {memory:,.0f} MiB."
-    return section("Costs", say(text), table(["job", "seconds", "peak MiB", ""], rows))
+    text = (
+        f"{sum(c.seconds for c in costs) / 60:,.1f} minutes of work in all, starting processes not counted; the largest "
+        f"process took {max(c.peak_mib for c in costs):,.0f} MiB."
+    )
+    return section("Costs", say(text), table(["artifact", "seconds", "peak MiB", ""], rows))
 
 
 QUESTION = (
@@ -373,7 +369,7 @@ def render(page: Page) -> str:
             _policy(page.metrics),
             _base(page.metrics),
             _run(page),
-            _costs(page.benchmarks),
+            _costs(page.costs),
         ]
     )
     return (

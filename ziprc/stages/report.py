@@ -1,4 +1,4 @@
-"""report: the page results/<experiment>/report.html, from metrics.json, frontier.json, live samples, manifests, benchmarks."""
+"""report: the page results/<experiment>/report.html, from metrics.json, frontier.json, live samples, manifests, provenance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ziprc.config import Evaluate
 from ziprc.evaluation.dag import read_graph
 from ziprc.evaluation.decisions import live_record
 from ziprc.evaluation.inspection import load_rollouts
-from ziprc.evaluation.report import Page, read_benchmarks, render
+from ziprc.evaluation.report import Page, read_costs, render
 from ziprc.schemas import read_table
 from ziprc.stages.context import Context, run_stage
 
@@ -31,7 +31,7 @@ def run(context: Context) -> str:
         metrics=read_json(metrics),
         config=config.model_dump(mode="json"),
         graph=read_graph(layout),
-        benchmarks=read_benchmarks(layout.home / "benchmarks"),
+        costs=read_costs(layout.home / "provenance"),
         rollouts=load_rollouts(layout, "ziprc", shown) if shown else (),
         sampling=read_json(frontier),
         live={policy: live(path, config.evaluate) for policy, path in samples.items()},
