@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -165,8 +166,10 @@ def left_behind(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Builds:
-    """Builds that nothing disturbs. They run side by side, since each of them mostly waits for the next poll."""
+    """Builds that run side by side, since each of them mostly waits for the next poll."""
 
+    cancelled: Workplace  # `base`, whose first job is cancelled from outside
+    forced: Workplace  # `base`, started again past all guards while a job of a killed Snakemake makes it
     cluster: Workplace  # the first four stages, with two GPUs
     local: Workplace  # the same on this machine, without SLURM
     hungry: Workplace  # `base` with too little memory
@@ -178,6 +181,8 @@ class Builds:
 def builds(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Builds:
     made = Builds(*(Workplace(tmp_path_factory.mktemp(field.name), MICRO, "micro") for field in fields(Builds)))
     running = [
+        cancel_first_job(cluster, made.cancelled),
+        start_beside_living_job(cluster, made.forced),
         cluster.start(made.cluster, GRADES, "--set", "runtime.gpus=2"),
         cluster.start(made.hungry, BASE, "--set", "runtime.mem_mb=500"),
         cluster.start(made.spread, BASE, "--set", "runtime.accelerate=cpus", "runtime.nodes=2", "runtime.gpus=1"),
@@ -187,6 +192,29 @@ def builds(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Builds
     codes = [process.wait(timeout=400) for process in running]
     assert not any(codes), (codes, *(said(place)[-2000:] for place in vars(made).values()))
     return made
+
+
+def cancel_first_job(cluster: Cluster, place: Workplace) -> subprocess.Popen[bytes]:
+    build = cluster.start(place, BASE)
+    subprocess.run(["scancel", cluster.running_stage(place, build).number], check=True)
+    return build
+
+
+def start_beside_living_job(cluster: Cluster, place: Workplace) -> subprocess.Popen[bytes]:
+    """As after `snakemake --unlock` by somebody who does not look whether anything is alive."""
+    command = [*plain_snakemake(cluster, place, "--nolock", BASE), "set=base.tokens=200000"]
+    killed = started(command, place)
+    cluster.running_stage(place, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    return started(command, place)
+
+
+def plain_snakemake(cluster: Cluster, place: Workplace, *more: str) -> list[str]:
+    """The command line of somebody who uses neither make nor `ziprc build`."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--workflow-profile", str(cluster.profile), *more]
+    return [*command, "--config", "experiment=micro", f"config_file={place.config_file}"]
 
 
 def said(place: Workplace) -> str:

@@ -46,6 +46,13 @@ down() {
     pids=$(cat "$D"/{slurmctld,slurmd.one,slurmd.two,munged}.pid 2> /dev/null || true)
     for pid in $pids; do kill "$pid" 2> /dev/null || true; done
     for pid in $pids; do timeout 10 tail -s 0.1 --pid="$pid" -f /dev/null || kill -9 "$pid" 2> /dev/null || true; done
+    unset SLURM_CONF
+    for process in /proc/[0-9]*; do # what a job started and SLURM lost sight of
+        if grep -qzxF "SLURM_CONF=$D/slurm.conf" "$process/environ" 2> /dev/null &&
+            grep -qz '^SLURM_JOB_ID=' "$process/environ" 2> /dev/null; then
+            kill -9 "${process#/proc/}" 2> /dev/null || true
+        fi
+    done
     for file in $LINKS; do
         case $(readlink "/etc/slurm/$file" || true) in "$D"/*) rm -f "/etc/slurm/$file" ;; esac
     done
@@ -102,7 +109,7 @@ SlurmctldLogFile=$D/log/slurmctld.log
 SlurmdLogFile=$D/log/slurmd.%n.log
 MpiDefault=none
 SwitchType=switch/none
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 ReturnToService=2
 SlurmdParameters=config_overrides

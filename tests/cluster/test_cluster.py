@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import BASE, Builds, Cluster, said, started
-from tests.workflow.conftest import ROOT, Workplace
+from tests.cluster.conftest import BASE, Builds, Cluster, plain_snakemake, said, started
+from tests.workflow.conftest import Workplace
 from ziprc.artifacts import digest_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -54,14 +52,9 @@ def test_logs_lie_where_the_documentation_says(cluster: Cluster, builds: Builds)
     assert f"SLURM job {numbers['rollouts']}" in first_lines(builds.cluster, "rollouts-train")[0]
 
 
-def test_a_cancelled_job_is_submitted_again(cluster: Cluster, builds: Builds, place: Workplace) -> None:
-    build = cluster.start(place, BASE)
-    victim = cluster.running_stage(place, build)
-    subprocess.run(["scancel", victim.number], check=True)
-    assert build.wait(timeout=200) == 0
-    jobs = cluster.jobs(place)
-    assert [job.state for job in jobs] == ["CANCELLED", "COMPLETED"] and jobs[0].number == victim.number
-    assert digest_file(place.home / WEIGHTS) == digest_file(builds.local.home / WEIGHTS)
+def test_a_cancelled_job_is_submitted_again(cluster: Cluster, builds: Builds) -> None:
+    assert [job.state for job in cluster.jobs(builds.cancelled)] == ["CANCELLED", "COMPLETED"]
+    assert digest_file(builds.cancelled.home / WEIGHTS) == digest_file(builds.local.home / WEIGHTS)
 
 
 def test_a_job_that_ran_out_of_memory_comes_back_with_more(cluster: Cluster, builds: Builds) -> None:
@@ -83,10 +76,7 @@ def test_training_on_two_nodes_is_training_with_two_processes(cluster: Cluster, 
 def test_sigkill_of_snakemake_neither_doubles_nor_loses_a_job(
     cluster: Cluster, builds: Builds, place: Workplace
 ) -> None:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
-    command += ["--workflow-profile", str(cluster.profile), BASE]
-    command += ["--config", "experiment=micro", f"config_file={place.config_file}"]
-    build = started(command, place)
+    build = started(plain_snakemake(cluster, place, BASE), place)
     job = cluster.running_stage(place, build)
     os.killpg(build.pid, signal.SIGKILL)
     build.wait()
@@ -105,6 +95,14 @@ def test_sigkill_of_snakemake_neither_doubles_nor_loses_a_job(
     unlocked = place.run("unlock")
     assert unlocked.returncode == 0 and "lock was removed" in unlocked.stdout
     assert "nothing was locked" in place.run("unlock").stdout
+
+
+def test_past_all_guards_there_is_still_one_writer(cluster: Cluster, builds: Builds) -> None:
+    jobs = cluster.jobs(builds.forced)
+    assert jobs[0].state == jobs[-1].state == "COMPLETED" and len(jobs) > 1
+    refused = "is being written by another process" in said(builds.forced)
+    assert refused == any(job.state == "FAILED" for job in jobs), "unless it came late, the second writer was refused"
+    assert "nothing to do" in (builds.forced.home / "logs" / "base-base.log").read_text(), "and then found it made"
 
 
 def test_ctrl_c_cancels_the_jobs(cluster: Cluster, place: Workplace) -> None:
