@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.conftest import MICRO, ROOT, Workplace
-from ziprc.artifacts import digest_file
+from ziprc.artifacts import digest_bytes, digest_file
 
 try:  # the SLURM of the cluster's tests, for this folder's session
     from tests.cluster.conftest import cluster
@@ -72,11 +72,12 @@ def require(*tools: str) -> None:
 
 def debian() -> Path:
     """A tarball of a minimal Debian with Python."""
-    tarball = cache() / f"debian-{SUITES[sys.version_info[:2]]}.tar"
+    suite, packages = SUITES[sys.version_info[:2]], "python3,python3-venv,ca-certificates,libnuma1"
+    tarball = cache() / f"debian-{suite}-{digest_bytes(packages.encode())[:12]}.tar"
     if not tarball.exists():
         partial = tarball.with_suffix(".partial.tar")
-        packages = "--include=python3,python3-venv,ca-certificates"
-        command = ["mmdebstrap", "--variant=minbase", packages, "--dpkgopt=force-unsafe-io", tarball.stem[7:], partial]
+        options = ["--variant=minbase", f"--include={packages}", "--dpkgopt=force-unsafe-io"]
+        command = ["mmdebstrap", *options, suite, partial]
         call(command, "Debian base (mmdebstrap)")
         partial.rename(tarball)
     return tarball
