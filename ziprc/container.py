@@ -3,8 +3,8 @@
 Snakemake runs on the host and starts each stage with `apptainer exec`. The image holds the packages of a lock and nothing
 of this project; the checkout is bound at its own path, so host and container see the same code and the same files. An
 image is named by the digest of what it is built from (`make image`, containers/build.sh), so a name always means the same
-content. Apptainer hands the host's variables on: SLURM_* and CUDA_VISIBLE_DEVICES must reach a stage. What must not
-is taken out by the image itself (PYTHONHOME and its like) or set here. Imports no torch.
+content. Apptainer hands the host's variables on: SLURM_* and CUDA_VISIBLE_DEVICES must reach a stage. What must not (PYTHONHOME
+and its like) is emptied here, so that it holds for an image of one's own too. Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ CACHES = {
     "NUMBA_CACHE_DIR": "numba",
     "MPLCONFIGDIR": "matplotlib",
 }
+# Of the host's Python and libraries; an empty value is as good as none.
+EMPTIED = ("PYTHONHOME", "PYTHONSTARTUP", "LD_PRELOAD")
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -84,7 +86,7 @@ def apptainer_arguments(config: Config, config_file: Path, results: Path, root: 
     variables = {**{key: str(cache / name) for key, name in CACHES.items()}, "HF_HOME": str(hub)}
     for folder in variables.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
-    variables |= {"PYTHONPATH": str(root), "TMPDIR": "/tmp"}
+    variables |= {"PYTHONPATH": str(root), "PYTHONNOUSERSITE": "1", "TMPDIR": "/tmp", **dict.fromkeys(EMPTIED, "")}
     variables |= {key: os.environ.get(key, "1") for key in OFFLINE}
     arguments = ["--nv"] if config.runtime.gpus else []
     for folder in bound_folders([root, config_file.resolve().parent, cache, hub, results, *local_folders(config)]):

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.conftest import MICRO, ROOT, Workplace
-from ziprc.artifacts import digest_file
+from ziprc.artifacts import digest_bytes, digest_file
 
 try:  # the SLURM of the cluster's tests, for this folder's session
     from tests.cluster.conftest import cluster
@@ -36,6 +37,7 @@ HERE = Path(__file__).parent
 LOCK = ROOT / "containers" / "requirements" / "cpu.txt"
 SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # Debian's own Python must be the one the wheels are for
 GRADES = "results/micro/grades/train.parquet"
+KEPT_S = 7 * 24 * 3600  # how long wheels that no test asked for stay in the cache
 SECONDS: dict[str, float] = {}
 
 
@@ -72,11 +74,12 @@ def require(*tools: str) -> None:
 
 def debian() -> Path:
     """A tarball of a minimal Debian with Python."""
-    tarball = cache() / f"debian-{SUITES[sys.version_info[:2]]}.tar"
+    suite, packages = SUITES[sys.version_info[:2]], "python3,python3-venv,ca-certificates,libnuma1"
+    tarball = cache() / f"debian-{suite}-{digest_bytes(packages.encode())[:12]}.tar"
     if not tarball.exists():
         partial = tarball.with_suffix(".partial.tar")
-        packages = "--include=python3,python3-venv,ca-certificates"
-        command = ["mmdebstrap", "--variant=minbase", packages, "--dpkgopt=force-unsafe-io", tarball.stem[7:], partial]
+        options = ["--variant=minbase", f"--include={packages}", "--dpkgopt=force-unsafe-io"]
+        command = ["mmdebstrap", *options, suite, partial]
         call(command, "Debian base (mmdebstrap)")
         partial.rename(tarball)
     return tarball
@@ -86,12 +89,14 @@ def wheelhouse() -> Path:
     """A folder with every wheel of the CPU lock, by this machine's pip and its settings."""
     folder = cache() / f"wheels-{digest_file(LOCK)[:12]}"
     if not folder.exists():
-        for stale in cache().glob("wheels-*"):
-            shutil.rmtree(stale)
-        partial = cache() / "wheels-partial"
+        for stale in cache().glob("wheels-*"):  # of an older lock, or of a download that was cut short
+            if time.time() - stale.stat().st_mtime > KEPT_S:
+                shutil.rmtree(stale)
+        partial = Path(tempfile.mkdtemp(prefix="wheels-partial-", dir=cache()))
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", partial, "-r", LOCK]
         call(download, "wheels of the lock (pip download)")
         partial.rename(folder)
+    os.utime(folder)
     return folder
 
 

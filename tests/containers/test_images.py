@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_the_hosts_python_stays_outside(inside: Place, image: Path, monkeypatch:
     foreign = [
         p for p in seen["path"] if p and not p.startswith(("/opt/venv", "/usr/lib", "/usr/local/lib", str(ROOT)))
     ]
-    assert foreign == [] and seen["PYTHONHOME"] is None
+    assert foreign == [] and not seen["PYTHONHOME"]
     assert seen["container"] == str(image) and seen["system"].startswith('"Debian')
     assert not mark.exists()
 
@@ -150,6 +151,20 @@ def probe(place: Place, image: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     done = subprocess.run(command, cwd=place.folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_finished_run_moves_into_the_container_without_computing_again(
+    native: Place, inside: Place, image: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(native.folder, tmp_path / "place", copy_function=shutil.copy2)
+    place = Place(tmp_path / "place", inside.user_home, PATH=inside.own["PATH"])
+    before = place.tables()
+    with timed("SIF: four stages with nothing to do"):
+        said = place.build(GRADES, "--container", str(image))
+    assert "4 of 4 steps" in said and "Software environment definition has changed" in said
+    for name in ("prompts-train", "base-base", "rollouts-train", "grades-train"):
+        assert "nothing to do" in (place.home / "logs" / f"{name}.log").read_text()
+    assert place.tables() == before
 
 
 def test_vllm_generates_in_the_container_what_it_does_outside(inside: Place, native: Place, image: Path) -> None:
