@@ -21,17 +21,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import cluster  # noqa: F401  the SLURM of the tests of the cluster, in this folder too
 from tests.workflow.conftest import MICRO, ROOT, Workplace
 from ziprc.artifacts import digest_bytes, digest_file
-
-try:  # the SLURM of the cluster's tests, for this folder's session
-    from tests.cluster.conftest import cluster
-except ImportError:
-
-    @pytest.fixture(scope="session")
-    def cluster() -> None:
-        pytest.skip("there is no tests/cluster to bring SLURM up")
-
 
 HERE = Path(__file__).parent
 LOCK = ROOT / "containers" / "requirements" / "cpu.txt"
