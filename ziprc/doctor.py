@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -69,6 +70,12 @@ def device_checks(accelerator: str | None) -> list[Check]:
     return checks
 
 
+def numa_check() -> Check:
+    """vLLM's CPU kernels are linked against libnuma; without it vLLM imports, and fails when its engine starts."""
+    found = ctypes.util.find_library("numa")
+    return Check("libnuma", found or "not found", "" if found else "install your system's libnuma1 (numactl-libs)")
+
+
 def room_checks() -> list[Check]:
     """Free memory and disk."""
     checks = []
@@ -99,7 +106,8 @@ def diagnose(accelerator: str | None = None) -> list[Check]:
         ("pyarrow", ("pyarrow",), False),
     ):
         checks.append(package_check(label, names, pins, optional))
-    return [*checks, *device_checks("cuda" if cuda else "cpu"), *room_checks()]
+    libraries = [] if cuda else [numa_check()]
+    return [*checks, *libraries, *device_checks("cuda" if cuda else "cpu"), *room_checks()]
 
 
 def format_table(checks: list[Check]) -> str:

@@ -168,7 +168,7 @@ def snakemake_command(options: argparse.Namespace, *extra: str) -> list[str]:
 def container_of(options: argparse.Namespace) -> tuple[Path, str]:
     """The image that the stages run in, and what Apptainer is told; UserError when that can't work."""
     config = load(options.config_file, options.experiment, options.set)
-    nodes = getattr(config.runtime, "nodes", 1)
+    nodes = config.runtime.nodes
     if nodes > 1:
         raise UserError(
             f"runtime.nodes={nodes} does not go with a container: the other nodes are started by srun, which is not in the "
