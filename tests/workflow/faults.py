@@ -260,7 +260,7 @@ def kill(bench: Bench, rng: random.Random, kills: int, chains: int) -> None:
 
 def kill_launcher(bench: Bench, rng: random.Random) -> None:
     """SIGKILL to the launcher alone: the stage must not go on by itself."""
-    bench.forget()
+    bench.timed()
     running = bench.start()
     running.until(lambda: len(running.members()) > 1)
     running.wait(rng.uniform(0.5, 3.0))
