@@ -211,11 +211,12 @@ def call_to_the_end(command: Sequence[str], pass_fds: Sequence[int] = ()) -> int
     """Run a command to its own end; its exit code.
 
     Ctrl-C reaches it too, and it needs time: Snakemake cancels its SLURM jobs. `subprocess.call` would kill it after a
-    quarter of a second and leave them.
+    quarter of a second and leave them. Rules start `python`, which has to be this one, whatever PATH says.
     """
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        return subprocess.Popen(command, pass_fds=pass_fds).wait()
+        return subprocess.Popen(command, pass_fds=pass_fds, env=environment).wait()
     finally:
         signal.signal(signal.SIGINT, before)
 

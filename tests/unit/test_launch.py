@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from ziprc.cli import parser
 from ziprc.config import Config
 from ziprc.errors import UserError
-from ziprc.workflow import first_line, root_of, stage_command
+from ziprc.workflow import call_to_the_end, first_line, root_of, stage_command
 
 CONFIG = root_of(Path(__file__)) / "config.yaml"
 
@@ -92,3 +93,11 @@ def test_a_log_begins_with_where_the_stage_runs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     options = parser().parse_args(["run", "base", "--name", "base", "--experiment", "smoke", "--threads", "6"])
     assert first_line(options).endswith("base base: host n1, SLURM job 13, CUDA_VISIBLE_DEVICES 2,3, threads 6")
+
+
+def test_rules_start_this_python_whatever_path_says(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert call_to_the_end(["sh", "-c", "command -v python"]) == 0
+    assert Path(capfd.readouterr().out.strip()) == Path(sys.executable).parent / "python"
