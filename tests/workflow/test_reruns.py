@@ -84,5 +84,5 @@ def test_a_failed_stage_leaves_the_old_artifact_in_place(workplace: Workplace) -
     prompts.write_bytes(prompts.read_bytes()[:-200])
     done = workplace.run("build", str(grades.relative_to(workplace.folder)), "--set", "grades.timeout_s=8")
     assert done.returncode != 0
-    assert "prompts/train.parquet cannot be read as parquet" in done.stdout + done.stderr
+    assert "prompts/train.parquet is not what train.manifest.json describes" in done.stdout + done.stderr
     assert digest_file(grades) == before
