@@ -43,6 +43,7 @@ STAGES = {
     "report": "report",
 }
 PATIENCE_S = 300
+TRIES = 5  # at striking before the stage is done
 ENDS_WITHIN_S = 60  # after SIGTERM, or after its launcher died
 PAGE = 4096  # of a tmpfs
 DAY_S = 86400
@@ -198,15 +199,18 @@ class Running:
         return found
 
     def signal_all(self, number: int) -> None:
-        for process in self.members():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        """At once to the launcher's process group, which all of the session are in."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def kill_all(self) -> None:
         """SIGKILL to the whole session, until nothing of it is left."""
-        while self.members():
-            self.signal_all(signal.SIGKILL)
+        self.signal_all(signal.SIGKILL)
         self.process.wait()
+        for process in self.members():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.ends()
 
     def ends(self, seconds: float = ENDS_WITHIN_S) -> None:
         """Wait until nothing of the session lives."""
@@ -274,17 +278,22 @@ def kill_launcher(bench: Bench, rng: random.Random) -> None:
 def terminate(bench: Bench, rng: random.Random) -> None:
     """SIGTERM to every process, as a scheduler does that preempts; training saves its state and goes on from it."""
     seconds = bench.timed()
-    running = bench.start()
-    if bench.stage in CHECKPOINTS:
-        states = bench.target.parent / f".{bench.target.name}.training"
-        assert running.until(lambda: any(states.glob("*/checkpoint-*/complete.json"))), running.log()
-    else:
-        running.wait(moment(rng, seconds))
-    running.signal_all(signal.SIGTERM)
-    running.ends()
-    bench.check_partial()
+    trains = bench.stage in CHECKPOINTS
+    states = bench.target.parent / f".{bench.target.name}.training"
+    for _ in range(TRIES):
+        running = bench.start()
+        if trains:
+            running.until(lambda: any(states.glob("*/checkpoint-*/complete.json")))
+        else:
+            running.wait(moment(rng, seconds))
+        running.signal_all(signal.SIGTERM)
+        running.ends()
+        bench.check_partial()
+        if "Stopped by SIGTERM after step" in running.log() if trains else not bench.manifest.exists():
+            break
+        bench.forget()  # it was done before the signal came
     log = bench.finish()
-    if bench.stage in CHECKPOINTS:
+    if trains:
         assert "Stopped by SIGTERM after step" in running.log() and "resuming from step" in log
     LEDGER.add("SIGTERM", bench.stage)
 
