@@ -194,7 +194,7 @@ class Running:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                if os.getsid(process.pid) == self.process.pid and not _is_gone(process):
                     found.append(process)
         return found
 
@@ -355,6 +355,11 @@ def lose_worker(bench: Bench, rng: random.Random) -> bool:
     bench.finish("runtime.workers=2")
     LEDGER.add("worker lost", bench.stage)
     return True
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    """A zombie holds nothing any more, unless threads of it are still on their way out: they hold its locks."""
+    return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
