@@ -34,6 +34,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Become the launcher of a stage, unless its artifact is there already."""
     config = load(options.config_file, options.experiment, options.set)
     command, environment = workflow.stage_command(options, config)
     print(workflow.first_line(options), flush=True)
@@ -55,12 +56,14 @@ def why(options: argparse.Namespace) -> int:
 
 
 def unlock(options: argparse.Namespace) -> int:
+    """Remove a lock that a killed run left."""
     load(options.config_file, options.experiment, options.set)
     print(workflow.unlock(options))
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
+    """Check every digest; exit code 1 when something is wrong."""
     from ziprc.provenance import verify as audit_of
 
     audit = audit_of(options.home)
@@ -150,6 +153,7 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def add_container_argument(sub: argparse.ArgumentParser) -> None:
+    """The option of commands that may run stages in an image."""
     sub.add_argument(
         "--container", nargs="?", const="auto", metavar="IMAGE",
         help="run the stages in a container image: cpu or cuda as `make image` built it, the path of another, or what the "
