@@ -10,6 +10,7 @@ place that knows a path under `results/`; the Snakefile and the stages both ask 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from ziprc.errors import UserError
 CHECKPOINT_MANIFEST = "ziprc.json"
 MANIFEST_SUFFIX = ".manifest.json"
 SEAL = "seal"
+LITTLE_BYTES = 4 << 20  # less free space than this, and a failed write is put down to the full disk
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,30 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"{folder} has {free / 2**20:.1f} MiB free, but this stage needs about {needed_bytes / 2**20:.1f} MiB. "
             "Free some space, or put the results folder on another disk (a symbolic link `results` will do)."
         )
+
+
+@contextlib.contextmanager
+def disk_errors_explained(home: Path) -> Iterator[None]:
+    """Turn a write that failed for lack of room or of permission into a UserError; everything else passes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        free = shutil.disk_usage(home).free if home.exists() else LITTLE_BYTES
+        if number in (errno.ENOSPC, errno.EDQUOT) or free < LITTLE_BYTES:
+            raise UserError(
+                f"The disk of {home} is full ({free / 2**20:.1f} MiB free; {type(error).__name__}: {error}). Nothing was "
+                "left half-written, and finished shards and training states are kept. Free some space, then run the same "
+                "command again."
+            ) from error
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(
+                f"{home} cannot be used ({error}). Make it readable and writable, or put the results folder somewhere else "
+                "(a symbolic link `results` will do), then run the same command again."
+            ) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -23,14 +23,13 @@ from pathlib import Path
 import yaml
 
 from ziprc import living
-from ziprc.artifacts import Layout
+from ziprc.artifacts import Layout, disk_errors_explained
 from ziprc.config import Config, load
 from ziprc.container import apptainer_arguments, find_image
 from ziprc.errors import UserError, nearest
 from ziprc.needs import trains
 from ziprc.plan import missing
 from ziprc.provenance import hand_on_revision
-from ziprc.stages.context import disk_errors_explained
 
 
 def root_of(config_file: Path) -> Path:

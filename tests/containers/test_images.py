@@ -89,6 +89,11 @@ def test_every_stage_ran_in_the_container(inside: Place, image: Path) -> None:
     assert {record["machine"]["environment"]["APPTAINER_CONTAINER"] for record in found} == {str(image)}
 
 
+def test_a_stage_in_the_container_knows_the_revision_though_git_is_not_there(native: Place, inside: Place) -> None:
+    outside = [record["code"] for record in records(native)]
+    assert [record["code"] for record in records(inside)] == outside and outside[0]["commit"]
+
+
 def test_the_native_run_did_not(native: Place) -> None:
     assert all("APPTAINER_CONTAINER" not in record["machine"]["environment"] for record in records(native))
 

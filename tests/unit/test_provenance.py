@@ -17,6 +17,7 @@ from ziprc import provenance
 from ziprc.artifacts import (
     Layout,
     digest_file,
+    disk_errors_explained,
     manifest_of,
     output_lock,
     read_sealed,
@@ -29,7 +30,7 @@ from ziprc.artifacts import (
 from ziprc.config import Config
 from ziprc.errors import UserError
 from ziprc.stages import prompts
-from ziprc.stages.context import Context, disk_errors_explained, perform
+from ziprc.stages.context import Context, perform
 
 CONFIG = {"prompts": {"train": 3, "validation": 2, "test": 2}}
 

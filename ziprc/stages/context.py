@@ -12,17 +12,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import errno
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import Layout, manifest_of, output_lock, require_intact, write_manifest
+from ziprc.artifacts import (
+    Layout,
+    disk_errors_explained,
+    manifest_of,
+    output_lock,
+    require_intact,
+    write_manifest,
+)
 from ziprc.config import Config, load, params_of
 from ziprc.errors import UserError
 from ziprc.plan import parents_of, target_of
@@ -31,7 +36,6 @@ from ziprc.provenance import Clock, is_current, recipe_of, write_record
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LITTLE_BYTES = 4 << 20  # less free space than this, and a failed write is put down to the full disk
 
 
 @dataclass(frozen=True)
@@ -103,30 +107,6 @@ def already_made(stage: str, context: Context) -> str | None:
             if path.is_file():
                 os.utime(path)
     return f"nothing to do, {target} is there, made from the same inputs, settings, code and packages"
-
-
-@contextlib.contextmanager
-def disk_errors_explained(home: Path) -> Iterator[None]:
-    """Turn a write that failed for lack of room or of permission into a UserError; everything else passes."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        number = getattr(error, "errno", None)
-        free = shutil.disk_usage(home).free if home.exists() else LITTLE_BYTES
-        if number in (errno.ENOSPC, errno.EDQUOT) or free < LITTLE_BYTES:
-            raise UserError(
-                f"The disk of {home} is full ({free / 2**20:.1f} MiB free; {type(error).__name__}: {error}). Nothing was "
-                "left half-written, and finished shards and training states are kept. Free some space, then run the same "
-                "command again."
-            ) from error
-        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise UserError(
-                f"{home} cannot be used ({error}). Make it readable and writable, or put the results folder somewhere else "
-                "(a symbolic link `results` will do), then run the same command again."
-            ) from error
-        raise
 
 
 def run_stage(stage: str, run: Run, argv: Sequence[str] | None = None) -> None:
