@@ -9,6 +9,7 @@ as their manifests come out the same, nothing below them reruns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import re
@@ -115,13 +116,24 @@ def node_launchers(options: argparse.Namespace, nodes: int) -> list[str]:
             f"runtime.nodes={nodes}, but this is no SLURM job. Build with `PROFILE=slurm`, or start `ziprc run "
             f"{options.stage} … --rendezvous HOST:PORT --machine-rank RANK` on every node by hand."
         )
-    with socket.socket() as free:
-        free.bind(("", 0))
-        rendezvous = f"{socket.gethostname()}:{free.getsockname()[1]}"
+    rendezvous = f"{socket.gethostname()}:{meeting_port(int(os.environ['SLURM_JOB_ID']))}"
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     command += [f"--cpus-per-task={options.threads}", "--mpi=none"]
     command += [sys.executable, "-m", "ziprc.cli", "run", options.stage, "--threads", str(options.threads)]
     return [*command, "--rendezvous", rendezvous, *stage_arguments(options)]
+
+
+def meeting_port(job: int) -> int:
+    """A free port for the first node of a SLURM job: another one for each job.
+
+    It lies below the ports that Linux hands out (from 32768 on), since the launcher takes it only seconds later.
+    """
+    first = 12_000 + job % 20_000
+    for port in range(first, first + 100):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("", port))
+            return port
+    raise UserError(f"None of the ports {first} to {first + 99} of {socket.gethostname()} is free.")
 
 
 def first_line(options: argparse.Namespace) -> str:

@@ -27,6 +27,7 @@ GRADES = "results/micro/grades/train.parquet"
 BASE = "results/micro/checkpoints/base/ziprc.json"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "OUT_OF_MEMORY", "TIMEOUT")
 STARTED: list[subprocess.Popen[bytes]] = []
+NOTES: list[str] = []  # what the closing paragraph says besides
 
 # What the tests change in the profile that users get: a small machine, where waiting for polls would take longest.
 CHANGES = {
@@ -236,5 +237,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     which = shutil.which("slurmd")
     version = subprocess.run([which, "-V"], capture_output=True, text=True).stdout.strip() if which else "no SLURM"
     terminalreporter.write_line(f"cluster: {counts} in {seconds:.0f} s, on {version}")
+    for note in NOTES:
+        terminalreporter.write_line(f"  {note}")
     for report in found["skipped"]:
         terminalreporter.write_line(f"  not run: {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")

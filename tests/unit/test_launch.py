@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from ziprc.cli import parser
 from ziprc.config import Config
 from ziprc.errors import UserError
-from ziprc.workflow import call_to_the_end, first_line, root_of, stage_command
+from ziprc.workflow import call_to_the_end, first_line, meeting_port, root_of, stage_command
 
 CONFIG = root_of(Path(__file__)) / "config.yaml"
 
@@ -43,6 +44,14 @@ def test_several_nodes_get_one_launcher_each_from_srun(monkeypatch: pytest.Monke
     started = command("train_joint", accelerate="ddp", gpus=8, nodes=4)
     assert started.startswith("srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=6")
     assert "ziprc.cli run train_joint --threads 6 --rendezvous " in started and "--experiment smoke" in started
+
+
+def test_jobs_meet_at_different_free_ports_that_linux_hands_to_nobody() -> None:
+    ports = [meeting_port(job) for job in (7, 8, 19_999)]
+    assert len(set(ports)) == 3 and max(ports) < 32_768
+    with socket.socket() as taken:
+        taken.bind(("", ports[0]))
+        assert meeting_port(7) > ports[0]
 
 
 def test_a_launcher_knows_its_rank_and_the_number_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ def fit(
 ) -> Outcome:
     """Train to the end of the plan, resuming from `folder` if a state is there; sibling (stale) states are removed.
 
+    Several processes come out of it together, and have parted: none can talk to another afterwards.
+
     Raises UserError for a non-finite loss or gradient, and after SIGTERM (the state is saved; run again to resume).
     """
     trainer = ZipTrainer(trainee, data, settings, runtime, folder, seed)
@@ -120,6 +122,9 @@ def fit(
             "Run the same command again to go on from there."
         )
     gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.args.world_size > 1:  # nobody may end, or remove the states, while another process is still in train()
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
     return Outcome(trainer.state.global_step, trainer.meter.means, gathered)
 
 
