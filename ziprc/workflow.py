@@ -124,9 +124,10 @@ def node_launchers(options: argparse.Namespace, nodes: int) -> list[str]:
 
 
 def meeting_port(job: int) -> int:
-    """A free port for the first node of a SLURM job: another one for each job.
+    """A free port of the first node, by the number of the SLURM job, so that jobs on one node hardly want the same.
 
-    It lies below the ports that Linux hands out (from 32768 on), since the launcher takes it only seconds later.
+    The launcher takes it only seconds later, so it lies below the ports that Linux hands to others (from 32768 on, as
+    Linux comes). Raises UserError when 100 ports in a row are taken.
     """
     first = 12_000 + job % 20_000
     for port in range(first, first + 100):

@@ -47,7 +47,7 @@ def test_several_nodes_get_one_launcher_each_from_srun(monkeypatch: pytest.Monke
 
 
 def test_jobs_meet_at_different_free_ports_that_linux_hands_to_nobody() -> None:
-    ports = [meeting_port(job) for job in (7, 8, 19_999)]
+    ports = [meeting_port(job) for job in (7, 5_007, 19_999)]
     assert len(set(ports)) == 3 and max(ports) < 32_768
     with socket.socket() as taken:
         taken.bind(("", ports[0]))

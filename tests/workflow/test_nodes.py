@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.workflow.conftest import Workplace, environment
+from tests.workflow.conftest import MICRO, ROOT, Workplace, environment
 from ziprc.artifacts import digest_file
 
 pytestmark = pytest.mark.slow
 
 WEIGHTS = Path("checkpoints/base/model.safetensors")
+
+# the stage `base`, in which rank 1 comes out of the Trainer late, and rank 0 looks whether it has before it saves
+LATE = """
+import os, pathlib, time
+import torch
+from ziprc.stages import base, context
+from ziprc.training import trainer
+
+def late(self, *args, **kwargs):
+    if os.environ["RANK"] == "1":
+        time.sleep(3)
+        pathlib.Path("rank 1 has left").touch()
+
+def looks(*args):
+    assert pathlib.Path("rank 1 has left").exists(), "rank 0 went on alone"
+    assert not torch.distributed.is_initialized(), "they have not parted"
+    save(*args)
+
+save, base.save_checkpoint, trainer._Steps.on_train_end = base.save_checkpoint, looks, late
+context.run_stage("base", base.run)
+"""
 
 
 def free_port() -> int:
@@ -44,3 +66,12 @@ def test_two_machines_train_what_two_processes_train(tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
     assert "trained a base model" in said[0] and "trained a base model" not in said[1], "one of them writes"
     assert digest_file(places[0].home / WEIGHTS) == digest_file(places[1].home / WEIGHTS)
+
+
+def test_no_process_goes_on_while_another_is_still_in_training(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "profiles/accelerate/cpus.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", "--quiet", "late.py"]
+    command += ["--config-file", MICRO, "--experiment", "micro", "--name", "base"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "trained a base model" in done.stdout, done.stdout + done.stderr
