@@ -17,6 +17,8 @@ done
 [ "$(uname -m)" = x86_64 ] || { echo "apptainer.sh: it knows x86_64 only, this is $(uname -m)" >&2; exit 2; }
 mkdir -p "$1"
 P=$(cd "$1" && pwd)
+exec 9> "$P/lock"
+flock 9 # two test runs of one user share the folder
 [ ! -x "$P/tool/apptainer" ] || exit 0
 T=$P/apt
 rm -rf "$T"
@@ -44,11 +46,13 @@ mkdir -p "$P/var/lib/apptainer/mnt/session"
 sed -i 's/^root default capabilities = .*/root default capabilities = no/' "$P/etc/apptainer/apptainer.conf"
 rm -rf "$T"
 
+# The prefix outlives this checkout, so it takes along what it needs of it.
 mkdir -p "$P/tool.new"
+cp "$here/identity_namespace.py" "$P/"
 cat > "$P/tool.new/apptainer" << TOOL
 #!/bin/sh
 case \$1 in
-build) exec /usr/bin/env python3 "$here/identity_namespace.py" "$P/usr/bin/apptainer" "\$@" ;;
+build) exec /usr/bin/env python3 "$P/identity_namespace.py" "$P/usr/bin/apptainer" "\$@" ;;
 *) exec "$P/usr/bin/apptainer" "\$@" ;;
 esac
 TOOL

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,13 @@ import pytest
 
 from tests.cluster.conftest import cluster  # noqa: F401  the SLURM of the tests of the cluster, in this folder too
 from tests.workflow.conftest import MICRO, ROOT, Workplace
-from ziprc.artifacts import digest_bytes, digest_file
+from ziprc.artifacts import digest_bytes
 
 HERE = Path(__file__).parent
 LOCK = ROOT / "containers" / "requirements" / "cpu.txt"
 SUITES = {(3, 11): "bookworm", (3, 13): "trixie"}  # Debian's own Python must be the one the wheels are for
 GRADES = "results/micro/grades/train.parquet"
-KEPT_S = 7 * 24 * 3600  # how long wheels that no test asked for stay in the cache
+KEPT_S = 7 * 24 * 3600  # how long something that no test asked for stays in the cache
 SECONDS: dict[str, float] = {}
 
 
@@ -50,9 +50,31 @@ def call(command: list[str | Path], what: str, **more: object) -> subprocess.Com
 
 
 def cache() -> Path:
+    """The folder of what is kept between runs, for every checkout of this user; so nothing in it may name one."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziprc-tests" / "containers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def kept(kind: str, made_from: bytes, suffix: str = "") -> Path:
+    """Where something made from this is kept. Others of the kind (older, or cut short) go when nobody asks for them."""
+    path = cache() / f"{kind}-{digest_bytes(made_from)[:12]}{suffix}"
+    for other in cache().glob(f"{kind}-*"):
+        if other != path and time.time() - other.stat().st_mtime > KEPT_S:
+            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+    if path.exists():
+        os.utime(path)
+    return path
+
+
+@contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    """A folder of this run's own; what is made in it under the path's name gets its place when it is complete."""
+    with tempfile.TemporaryDirectory(prefix=f"{path.name.partition('-')[0]}-partial-", dir=cache()) as folder:
+        yield Path(folder) / path.name
+        with suppress(OSError):  # another run was faster, with the same content
+            (Path(folder) / path.name).rename(path)
+        assert path.exists()
 
 
 # --- what is needed from outside -------------------------------------------------------------------------------------
@@ -67,28 +89,21 @@ def require(*tools: str) -> None:
 def debian() -> Path:
     """A tarball of a minimal Debian with Python."""
     suite, packages = SUITES[sys.version_info[:2]], "python3,python3-venv,ca-certificates,libnuma1"
-    tarball = cache() / f"debian-{suite}-{digest_bytes(packages.encode())[:12]}.tar"
+    tarball = kept("debian", f"{suite} {packages}".encode(), ".tar")
     if not tarball.exists():
-        partial = tarball.with_suffix(".partial.tar")
-        options = ["--variant=minbase", f"--include={packages}", "--dpkgopt=force-unsafe-io"]
-        command = ["mmdebstrap", *options, suite, partial]
-        call(command, "Debian base (mmdebstrap)")
-        partial.rename(tarball)
+        with partial(tarball) as made:
+            options = ["--variant=minbase", f"--include={packages}", "--dpkgopt=force-unsafe-io"]
+            call(["mmdebstrap", *options, suite, made], "Debian base (mmdebstrap)")
     return tarball
 
 
 def wheelhouse() -> Path:
     """A folder with every wheel of the CPU lock, by this machine's pip and its settings."""
-    folder = cache() / f"wheels-{digest_file(LOCK)[:12]}"
+    folder = kept("wheels", LOCK.read_bytes())
     if not folder.exists():
-        for stale in cache().glob("wheels-*"):  # of an older lock, or of a download that was cut short
-            if time.time() - stale.stat().st_mtime > KEPT_S:
-                shutil.rmtree(stale)
-        partial = Path(tempfile.mkdtemp(prefix="wheels-partial-", dir=cache()))
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", partial, "-r", LOCK]
-        call(download, "wheels of the lock (pip download)")
-        partial.rename(folder)
-    os.utime(folder)
+        with partial(folder) as made:
+            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", made, "-r", LOCK]
+            call(download, "wheels of the lock (pip download)")
     return folder
 
 
@@ -96,8 +111,10 @@ def find_apptainer() -> Path:
     """The machine's Apptainer, or Debian's in a private folder."""
     found = shutil.which("apptainer")
     if found is None:
-        call([HERE / "apptainer.sh", cache() / "apptainer"], "Apptainer (Debian's package)")
-        found = str(cache() / "apptainer" / "tool" / "apptainer")
+        parts = [HERE / "apptainer.sh", HERE / "identity_namespace.py"]
+        folder = kept("apptainer", b"".join(part.read_bytes() for part in parts))
+        call([parts[0], folder], "Apptainer (Debian's package)")
+        found = str(folder / "tool" / "apptainer")
     return Path(found)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.containers.conftest import GRADES, ROOT, SENTINELS, Place, Store, timed
+from tests.containers.conftest import GRADES, HERE, ROOT, SENTINELS, Place, Store, cache, timed
 from ziprc import container
 from ziprc.config import load
 
@@ -224,6 +224,15 @@ def test_the_dockerfile_keeps_no_settings_of_the_building_machine(store: Store) 
     made = store.buildah("from", store.tag)
     script = f"! grep -rIl {SENTINELS['PIP_TRUSTED_HOST']} /etc /root /run /opt/ziprc"
     store.buildah("run", made, "--", "sh", "-c", script)
+
+
+def test_the_kept_apptainer_names_no_checkout(apptainer: Path) -> None:
+    """The one that unpacked it may be gone when another uses it."""
+    if not apptainer.is_relative_to(cache()):
+        pytest.skip("this machine has an Apptainer of its own")
+    kept, here = apptainer.parent.parent, str(HERE.relative_to(ROOT))
+    found = subprocess.run(["grep", "-rlF", f"/{here}/", kept], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, ""), found.stdout + found.stderr
 
 
 def test_an_image_that_is_there_is_not_built_again(store: Store, image: Path, apptainer: Path) -> None:
