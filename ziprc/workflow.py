@@ -134,7 +134,10 @@ def meeting_port(job: int) -> int:
         with contextlib.suppress(OSError), socket.socket() as free:
             free.bind(("", port))
             return port
-    raise UserError(f"None of the ports {first} to {first + 99} of {socket.gethostname()} is free.")
+    raise UserError(
+        f"None of the ports {first} to {first + 99} of {socket.gethostname()} is free, and training on several nodes needs "
+        "one. See with `ss -tlnp` what holds them; a new job looks in another range."
+    )
 
 
 def first_line(options: argparse.Namespace) -> str:

@@ -67,9 +67,8 @@ def test_a_job_that_ran_out_of_memory_comes_back_with_more(cluster: Cluster, bui
 
 def test_training_on_two_nodes_is_training_with_two_processes(cluster: Cluster, builds: Builds) -> None:
     *failed, job = cluster.jobs(builds.spread)
-    if (
-        failed
-    ):  # the launch may fail once on a busy machine (tests/workflow/test_nodes.py allows no retry), but it is said
+    # The launch may fail once on a busy machine, but it is said; tests/workflow/test_nodes.py allows no retry.
+    if failed:
         NOTES.append(f"two nodes: {failed} had to be repeated; the build said:\n{said(builds.spread)[-6000:]}")
     assert len(failed) < 2 and "error in stage" not in said(builds.spread), said(builds.spread)
     assert (job.nodes, job.gres) == ("one,two", "gres:gpu:1")

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def kept(kind: str, made_from: bytes, suffix: str = "") -> Path:
     path = cache() / f"{kind}-{digest_bytes(made_from)[:12]}{suffix}"
     for other in cache().glob(f"{kind}-*"):
         if other != path and time.time() - other.stat().st_mtime > KEPT_S:
-            shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
+            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
     if path.exists():
         os.utime(path)
     return path
@@ -72,9 +72,11 @@ def partial(path: Path) -> Iterator[Path]:
     """A folder of this run's own; what is made in it under the path's name gets its place when it is complete."""
     with tempfile.TemporaryDirectory(prefix=f"{path.name.partition('-')[0]}-partial-", dir=cache()) as folder:
         yield Path(folder) / path.name
-        with suppress(OSError):  # another run was faster, with the same content
+        try:
             (Path(folder) / path.name).rename(path)
-        assert path.exists()
+        except OSError:
+            if not path.exists():  # if it does, another run was faster, with the same content
+                raise
 
 
 # --- what is needed from outside -------------------------------------------------------------------------------------

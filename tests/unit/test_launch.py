@@ -54,6 +54,15 @@ def test_jobs_meet_at_different_free_ports_that_linux_hands_to_nobody() -> None:
         assert meeting_port(7) > ports[0]
 
 
+def test_a_node_without_a_free_port_says_which_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(self: socket.socket, address: tuple[str, int]) -> None:
+        raise OSError("Address already in use")
+
+    monkeypatch.setattr(socket, "socket", type("Taken", (socket.socket,), {"bind": taken}))
+    with pytest.raises(UserError, match=r"12007 to 12106 of .* a new job looks in another range"):
+        meeting_port(7)
+
+
 def test_a_launcher_knows_its_rank_and_the_number_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NODEID", "2")
     launched = command("base", "--rendezvous", "n1:2000", accelerate="fsdp", gpus=8, nodes=4)

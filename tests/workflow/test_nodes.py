@@ -70,13 +70,8 @@ def test_two_machines_train_what_two_processes_train(tmp_path: Path) -> None:
 
 def test_no_process_goes_on_while_another_is_still_in_training(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "profiles/accelerate/cpus.yaml",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", ROOT / "profiles/accelerate/cpus.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", "--quiet", "late.py"]
     command += ["--config-file", MICRO, "--experiment", "micro", "--name", "base"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
