@@ -30,7 +30,7 @@ from ziprc.stages import train_joint
 from ziprc.stages.context import Context
 from ziprc.training.heads import JointTrainee, SliceHead, freeze, joint_trainee, labelled
 from ziprc.training.objectives.joint import ANY_REWARD
-from ziprc.training.optimizers import OptimizerSettings, make_optimizer, schedule_factor
+from ziprc.training.optimizers import Muon, OptimizerSettings, make_optimizer, orthogonalised, schedule_factor
 from ziprc.training.packing import (
     MicroBatches,
     Plan,
@@ -213,6 +213,28 @@ def test_warm_up_acts_on_the_first_step_and_the_rate_ends_at_zero() -> None:
     assert 0 < rates[0] < rates[4] < rates[5] == 1 and rates[100] == pytest.approx(0) and rates[99] > 0
     assert 0 < schedule_factor(0, 1, 0.05, "linear") < 1  # a single step is a warm-up step
     assert schedule_factor(0, 10, 0.0, "linear") == 1
+
+
+def test_muon_is_torchs_but_orthogonalises_in_float32_on_a_cpu() -> None:
+    """Guards the copy of torch's step against a torch that changes it; bfloat16 keeps three digits."""
+    start = {"tall": torch.randn(24, 8), "wide": torch.randn(8, 24)}
+    moved = {}
+    for kind in (torch.optim.Muon, Muon):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(value.clone()) for value in start.values()]
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.3)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        moved[kind] = parameters
+    for theirs, own, before in zip(*moved.values(), start.values(), strict=True):
+        assert not torch.equal(own, before)
+        torch.testing.assert_close(own, theirs, rtol=0.02, atol=0.005)
+    group = optimizer.param_groups[0]
+    assert orthogonalised(start["tall"].bfloat16(), group).dtype is torch.float32
+    singular = torch.linalg.svdvals(orthogonalised(start["tall"], group))
+    assert ((0.6 < singular) & (singular < 1.3)).all()
 
 
 def test_muon_takes_hidden_matrices_and_survives_a_round_trip() -> None:
