@@ -1,4 +1,4 @@
-# The workflow: one rule per stage, one file target per artifact, every path and parameter from ziprc.artifacts and
+# The workflow: one rule per stage, one file target per artifact, every path and parameter from ziprc.systems and
 # ziprc.config. A rule's params are its own section of config.yaml and a digest of the code that its stage runs, so a
 # change reruns just what depends on it; keys under `runtime` are no params. Downstream depends on manifests, which are
 # written last and hold no time, so that a rebuilt artifact with the same content reruns nothing below it.
@@ -10,17 +10,18 @@
 import functools
 from pathlib import Path
 
-from ziprc import config as settings
-from ziprc.artifacts import Layout, manifest_of
-from ziprc.code import code_digest
-from ziprc.needs import (
+from ziprc.config import load as settings
+from ziprc.plan.code import code_digest
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.systems.artifacts import artifact_names, parents_of
+from ziprc.systems.names import params_of
+from ziprc.workflow.needs import (
     check_sites,
     resource_names,
     resources as asked,
     threads as granted,
     trains,
 )
-from ziprc.plan import artifact_names, parents_of
 
 CONFIG_FILE = Path(
     config.get("config_file", Path(workflow.basedir) / "config.yaml")
@@ -40,7 +41,7 @@ def resolved(experiment):
 
 def section(rule, name=None):
     """Params of an artifact; its name is the wildcard unless the rule makes only one."""
-    return lambda w: settings.params_of(resolved(w.experiment), rule, name or w.name)
+    return lambda w: params_of(resolved(w.experiment), rule, name or w.name)
 
 
 def code(rule):
@@ -57,7 +58,7 @@ def cores(wanted):
 
 
 def needs(wanted):
-    """Resources of a rule; ziprc/needs.py says how they follow from the class, the experiment and the site."""
+    """Resources of a rule; ziprc/workflow/needs.py says how they follow from the class, the experiment and the site."""
 
     def ask(name):
         return lambda w, attempt: asked(
@@ -100,7 +101,7 @@ def checkpoint_manifest(name):
     return f"{HOME}/checkpoints/{name}/ziprc.json"
 
 
-# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/container.py).
+# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/workflow/container.py).
 if "container" in config:
 
     container: config["container"]

@@ -19,7 +19,7 @@ lock=$here/requirements/$accelerator.txt
 images=${IMAGES:-$here/images}
 [ -f "$lock" ] || { echo "error: there is no lock $lock; ACCELERATOR is cpu or cuda" >&2; exit 2; }
 
-# the same digest as image_name() in ziprc/container.py
+# the same digest as image_name() in ziprc/workflow/container.py
 digest() { cat "$1" "$here/install.sh" "$here/check.py" "$lock" | sha256sum | cut -c 1-12; }
 
 works() {

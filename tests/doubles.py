@@ -20,17 +20,25 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ziprc.artifacts import Layout, write_manifest
 from ziprc.chat import CHATML_TEMPLATE, prompt_token_ids
 from ziprc.engines.base import Request, Step, check_request
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, save_checkpoint
 from ziprc.joint.vocabulary import derive_layout
-from ziprc.schemas import FinishReason, make_table, write_table
+from ziprc.store.layout import Layout
+from ziprc.store.manifest import write_manifest
+from ziprc.tables.baselines import BASELINES
+from ziprc.tables.grades import GRADES
+from ziprc.tables.introspection import INTROSPECTION
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
+from ziprc.tables.samples import SAMPLES
+from ziprc.tables.values import VALUES
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 8, 16, 32, 64))
 ROWS = 320
+TABLES = {t.name: t for t in (BASELINES, GRADES, INTROSPECTION, PROMPTS, ROLLOUTS, SAMPLES, VALUES)}
 TIGHT_BLOCKS = 40  # of 32 tokens
 
 
@@ -92,7 +100,7 @@ def tight(engine: type) -> type:
 
 def _write(layout: Layout, kind: str, name: str, table: pa.Table) -> None:
     target = layout.table(kind, name)
-    write_table(target, kind, table)
+    TABLES[kind].write(target, table)
     write_manifest(target, {}, {})
 
 
@@ -135,9 +143,9 @@ def tiny_tables(
                  "status": "unfinished" if cut else "graded", "extracted_answer": None, "rationale": None}
             )  # fmt: skip
     if stem == split:
-        _write(layout, "prompts", split, make_table("prompts", asked))
-    _write(layout, "rollouts", split, make_table("rollouts", rollouts))
-    _write(layout, "grades", split, make_table("grades", grades))
+        _write(layout, "prompts", split, PROMPTS.make(asked))
+    _write(layout, "rollouts", split, ROLLOUTS.make(rollouts))
+    _write(layout, "grades", split, GRADES.make(grades))
 
 
 def tiny_experiment(layout: Layout, folds: int = 2) -> None:

@@ -18,15 +18,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ziprc import workflow
-from ziprc.artifacts import Layout
-from ziprc.config import load
+from ziprc.config.load import load
 from ziprc.errors import UserError
 from ziprc.stages.context import Context, add_experiment_arguments, already_made
+from ziprc.store.layout import Layout
+from ziprc.workflow import build as building
+from ziprc.workflow.launch import first_line, stage_command
+from ziprc.workflow.why import explain
 
 
 def doctor(options: argparse.Namespace) -> int:
-    from ziprc.doctor import diagnose, format_table
+    from ziprc.workflow.doctor import diagnose, format_table
 
     checks = diagnose(options.accelerator)
     print(format_table(checks))
@@ -36,8 +38,8 @@ def doctor(options: argparse.Namespace) -> int:
 def run(options: argparse.Namespace) -> int:
     """Become the launcher of a stage, unless its artifact is there already."""
     config = load(options.config_file, options.experiment, options.set)
-    command, environment = workflow.stage_command(options, config)
-    print(workflow.first_line(options), flush=True)
+    command, environment = stage_command(options, config)
+    print(first_line(options), flush=True)
     context = Context(config, Layout(options.results, options.experiment), options.name)
     if done := already_made(options.stage, context):  # found out here, before torch is imported
         print(f"{options.stage}: {done}")
@@ -47,24 +49,24 @@ def run(options: argparse.Namespace) -> int:
 
 def build(options: argparse.Namespace) -> int:
     config = load(options.config_file, options.experiment, options.set)
-    return workflow.build(options, config)
+    return building.build(options, config)
 
 
 def why(options: argparse.Namespace) -> int:
-    print(workflow.why(options))
+    print(explain(options))
     return 0
 
 
 def unlock(options: argparse.Namespace) -> int:
     """Remove a lock that a killed run left."""
     load(options.config_file, options.experiment, options.set)
-    print(workflow.unlock(options))
+    print(building.unlock(options))
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check every digest; exit code 1 when something is wrong."""
-    from ziprc.provenance import verify as audit_of
+    from ziprc.plan.verify import verify as audit_of
 
     audit = audit_of(options.home)
     print(audit.text())
@@ -75,7 +77,7 @@ def inspect(options: argparse.Namespace) -> int:
     """Print rollouts or one prompt's tree, or write the page that shows them."""
     if options.tree is not None:
         return inspect_tree(options)
-    from ziprc.evaluation.inspection import inspect_html, inspect_text
+    from ziprc.pages.inspect import inspect_html, inspect_text
 
     if options.text:
         print(inspect_text(options.home, options.checkpoint, options.count or 2))
@@ -87,7 +89,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 def inspect_tree(options: argparse.Namespace) -> int:
     """One prompt's tree of branches, as it was sampled live."""
-    from ziprc.evaluation.tree_view import tree_html, tree_text
+    from ziprc.pages.tree import tree_html, tree_text
 
     chosen = (options.home, options.tree, options.policy, options.budget)
     if options.text:
@@ -99,8 +101,8 @@ def inspect_tree(options: argparse.Namespace) -> int:
 
 def sample(options: argparse.Namespace) -> int:
     """Answer one question live."""
-    from ziprc.integrations.asking import Wishes
-    from ziprc.integrations.terminal import sample as show
+    from ziprc.pages.terminal import sample as show
+    from ziprc.sampling.live.asking import Wishes
 
     named = {key: value for key, value in vars(options).items() if key not in ("action", "json")}
     return show(Wishes(**named), options.json)
@@ -108,21 +110,21 @@ def sample(options: argparse.Namespace) -> int:
 
 def summary(options: argparse.Namespace) -> int:
     """Print the table of headline numbers; draw the figures when asked."""
-    from ziprc.evaluation.summary import sampling_table
-    from ziprc.evaluation.summary import summary as headline_table
+    from ziprc.pages.summary import sampling_table
+    from ziprc.pages.summary import summary as headline_table
 
     print(headline_table(options.homes))
     print("\n" + sampling_table(options.homes))
     if options.figure:
-        from ziprc.artifacts import read_json
-        from ziprc.evaluation.figures import overview
         from ziprc.evaluation.outcomes import MOMENTS
+        from ziprc.pages.figures import overview
+        from ziprc.store.files import read_json
 
         overview(options.figure, read_json(options.homes[0] / "metrics.json")["prediction"], MOMENTS)
         print(f"\nsummary: drew {options.homes[0]} into {options.figure}")
     if options.frontier:
-        from ziprc.artifacts import read_json
-        from ziprc.evaluation.figures import frontier_figure
+        from ziprc.pages.figures import frontier_figure
+        from ziprc.store.files import read_json
 
         frontier_figure(options.frontier, read_json(options.homes[0] / "frontier.json"))
         print(f"\nsummary: drew the frontier of {options.homes[0]} into {options.frontier}")
@@ -130,7 +132,7 @@ def summary(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    from ziprc.exchange import export_wide
+    from ziprc.integrations.wide import export_wide
 
     rows = export_wide(Layout(options.home.parent, options.home.name), options.name, options.target)
     print(f"export: wrote {rows} rollouts to {options.target}")
@@ -138,7 +140,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def import_(options: argparse.Namespace) -> int:
-    from ziprc.exchange import import_wide
+    from ziprc.integrations.wide import import_wide
 
     rows = import_wide(options.source, Layout(options.home.parent, options.home.name), options.name)
     print(f"import: wrote {rows} rollouts to {options.home}")
@@ -146,7 +148,7 @@ def import_(options: argparse.Namespace) -> int:
 
 
 def fetch(options: argparse.Namespace) -> int:
-    from ziprc.fetch import fetch_experiment
+    from ziprc.integrations.fetch import fetch_experiment
 
     print(fetch_experiment(load(options.config_file, options.experiment, options.set)))
     return 0

@@ -16,6 +16,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ziprc.sampling.policies.base import Reader
+from ziprc.sampling.policies.fixed import Fixed
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -23,18 +26,18 @@ import numpy as np
 import torch
 
 from tests.benchmarks.slice_readout import CELLS, TEXT, VOCAB, random_base
-from ziprc.config import Sampling
+from ziprc.config.base import Sampling
 from ziprc.engines.base import Engine, EngineSettings, make_engine
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead
 from ziprc.joint.vocabulary import VocabLayout
-from ziprc.sampling import baselines
-from ziprc.sampling.calibration import Calibration
 from ziprc.sampling.controller import Budget, Controller, Policy
-from ziprc.sampling.live import Question, Runner, Timing
+from ziprc.sampling.fitting import Calibration
+from ziprc.sampling.live.records import Question, Timing
+from ziprc.sampling.live.runner import Runner
+from ziprc.sampling.policies.zip_rc_plus import ZipRCPlus
 from ziprc.sampling.score import INPUTS, Logistic, Stages
 from ziprc.sampling.selection import VoteModel
-from ziprc.sampling.zip_rc_plus import ZipRCPlus
 
 BRANCHES, PROMPT_TOKENS, STAGES = 16, 26, 8
 GRID = BinGrid(tuple(i / 6 for i in range(7)), tuple(range(0, 72, 8)))
@@ -54,7 +57,7 @@ def policies() -> dict[str, Policy]:
     own = Calibration(Stages(tuple(logistic(rng) for _ in range(STAGES))), logistic(rng), VoteModel(), 2.0)
     return {
         "zip-rc-plus": ZipRCPlus(own, GRID, price=1e-9, width=BRANCHES),
-        "majority@16": baselines.Fixed(baselines.Reader(GRID), k=BRANCHES),
+        "majority@16": Fixed(Reader(GRID), k=BRANCHES),
     }
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ziprc.artifacts import Layout, read_json
-from ziprc.config import load
+from ziprc.config.load import load
 from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
-from ziprc.sampling.calibration import read_fitted
 from ziprc.sampling.families import PLUS, live_setting
-from ziprc.schemas import read_table
-from ziprc.stages.samples import Bench, grade, open_engine, questions_of
+from ziprc.sampling.fitting import read_fitted
+from ziprc.sampling.live.bench import open_engine, questions_of
+from ziprc.stages.samples import Bench, grade
+from ziprc.store.files import read_json
+from ziprc.store.layout import Layout
+from ziprc.tables.prompts import PROMPTS
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
         "adaptive": live_setting(options.policy, options.budget, frontier, fitted),
         "vote": live_setting("majority", options.votes, frontier, fitted),
     }
-    prompts = read_table(layout.table("prompts", "test"), "prompts").slice(0, options.prompts).to_pylist()
+    prompts = PROMPTS.read(layout.table("prompts", "test")).slice(0, options.prompts).to_pylist()
     tokenizer = load_tokenizer(folder)
     seen: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in settings}
     with open_engine(config, folder, tokenizer) as engine:

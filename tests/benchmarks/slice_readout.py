@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ziprc.config import Sampling
+from ziprc.config.base import Sampling
 from ziprc.engines.base import Engine, EngineSettings, Request, make_engine
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead

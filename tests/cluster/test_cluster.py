@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.conftest import BASE, NOTES, Builds, Cluster, plain_snakemake, said, started
 from tests.workflow.conftest import Workplace
-from ziprc.artifacts import digest_file
+from ziprc.store.digests import digest_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600)]
 

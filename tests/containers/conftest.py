@@ -23,7 +23,7 @@ import pytest
 
 from tests.cluster.conftest import cluster  # noqa: F401  the SLURM of the tests of the cluster, in this folder too
 from tests.workflow.conftest import MICRO, ROOT, Workplace
-from ziprc.artifacts import digest_bytes
+from ziprc.store.digests import digest_bytes
 
 HERE = Path(__file__).parent
 LOCK = ROOT / "containers" / "requirements" / "cpu.txt"

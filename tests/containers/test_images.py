@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.containers.conftest import GRADES, HERE, ROOT, SENTINELS, Place, Store, cache, timed
-from ziprc import container
-from ziprc.config import load
+from ziprc.config.load import load
+from ziprc.workflow import container
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow]
 

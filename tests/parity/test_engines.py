@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from tests.doubles import small_qwen3, tight
-from ziprc.config import Sampling
+from ziprc.config.base import Sampling
 from ziprc.engines.base import EngineSettings, Request, Response, make_engine
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, load_model
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.joint.vocabulary import VocabLayout
-from ziprc.schemas import FinishReason
+from ziprc.tables.rollouts import FinishReason
 
 pytest.importorskip("vllm")
 from ziprc.engines.vllm import Readout, VLLMEngine

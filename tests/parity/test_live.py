@@ -10,14 +10,18 @@ import pytest
 
 from tests.doubles import small_qwen3
 from tests.properties.test_live import GRID, BranchOnce, Erratic, equal_to_replay, pool_of, whole_responses, zip_rc_plus
-from ziprc.config import Sampling
+from ziprc.config.base import Sampling
 from ziprc.engines.base import Engine, EngineSettings, make_engine
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import JointHead
 from ziprc.joint.vocabulary import VocabLayout
-from ziprc.sampling import baselines as b
 from ziprc.sampling.controller import Budget, Controller, Policy
-from ziprc.sampling.live import Answered, Question, Runner
+from ziprc.sampling.live.records import Answered, Question
+from ziprc.sampling.live.runner import Runner
+from ziprc.sampling.policies.base import Reader
+from ziprc.sampling.policies.fixed import Fixed
+from ziprc.sampling.policies.pruning import ValuePruning
+from ziprc.sampling.policies.stopping import AdaptiveConsistency
 from ziprc.sampling.tree import ROOT, Status
 
 pytest.importorskip("vllm")
@@ -69,14 +73,14 @@ def live(
         session.close()
 
 
-def reader() -> b.Reader:
-    return b.Reader(GRID)
+def reader() -> Reader:
+    return Reader(GRID)
 
 
 PLAIN: dict[str, Policy] = {
-    "majority": b.Fixed(reader(), k=SLOTS),
-    "adaptive consistency": b.AdaptiveConsistency(reader(), threshold=0.8, k_max=SLOTS),
-    "value pruning": b.ValuePruning(reader(), k=3, threshold=0.4),
+    "majority": Fixed(reader(), k=SLOTS),
+    "adaptive consistency": AdaptiveConsistency(reader(), threshold=0.8, k_max=SLOTS),
+    "value pruning": ValuePruning(reader(), k=3, threshold=0.4),
     "zip-rc-plus": zip_rc_plus(np.random.default_rng(0), 1e-6),
 }
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from tests.doubles import small_qwen3, tight
-from ziprc.config import Sampling
+from ziprc.config.base import Sampling
 from ziprc.engines.base import Engine, EngineSettings, Request, Session, Step, make_engine
 from ziprc.errors import UserError
-from ziprc.evaluation.logits import token_scores
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, load_model
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.joint.vocabulary import VocabLayout
-from ziprc.schemas import FinishReason
+from ziprc.reading.logits import token_scores
+from ziprc.tables.rollouts import FinishReason
 
 pytest.importorskip("vllm")
-from ziprc.engines.reading import LiveReadout, TextRows
+from ziprc.engines.taps import LiveReadout, TextRows
 from ziprc.engines.vllm import BLOCK_TOKENS, VLLMEngine
 
 TEXT, JOINT_ROWS, VOCAB = 352, 16, 384

@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from ziprc.evaluation.accuracy import auroc, threshold_metrics, within_prompt_auroc
 from ziprc.evaluation.bootstrap import Resampling
 from ziprc.evaluation.calibration import calibration_metrics, empirical_joint, total_variation
-from ziprc.evaluation.probes import prefix_features
+from ziprc.evaluation.head.probes import prefix_features
 
 SEEDS = range(15)
 

@@ -11,21 +11,26 @@ import numpy as np
 import pytest
 
 from tests.doubles import CELLS, FIRST_RESPONSE_TOKEN, STOP_TOKEN, Script, ScriptedSession
-from ziprc.artifacts import derived_seed
 from ziprc.engines.base import Request, Session, Step
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.sampling import baselines as b
 from ziprc.sampling import features
-from ziprc.sampling.calibration import Calibration
 from ziprc.sampling.controller import NONE, Budget, Choice, Controller, Decision, Policy
-from ziprc.sampling.live import Answered, Answers, Decided, Event, Question, Runner
+from ziprc.sampling.fitting import Calibration
+from ziprc.sampling.live.records import Answered, Answers, Decided, Event, Question
+from ziprc.sampling.live.runner import Runner
+from ziprc.sampling.policies.base import Best, Reader, Source, Vote
+from ziprc.sampling.policies.deepconf import DeepConfOffline, DeepConfOnline
+from ziprc.sampling.policies.fixed import Fixed
+from ziprc.sampling.policies.pruning import LengthPruning, RandomPruning, ValuePruning
+from ziprc.sampling.policies.stopping import AdaptiveConsistency, SequentialStop
+from ziprc.sampling.policies.zip_rc_plus import ZipRCPlus
 from ziprc.sampling.replay import Pool, replay, track
 from ziprc.sampling.score import Logistic, Stages
 from ziprc.sampling.selection import VoteModel
 from ziprc.sampling.tree import ROOT, Status, Trees
-from ziprc.sampling.zip_rc_plus import ZipRCPlus
-from ziprc.schemas import FinishReason
+from ziprc.store.digests import derived_seed
+from ziprc.tables.rollouts import FinishReason
 
 GRID = BinGrid((0.0, 1.0), (0, 4, 8, 16, 32))
 assert GRID.size == CELLS
@@ -76,18 +81,18 @@ def zip_rc_plus(rng: np.random.Generator, price: float, can_branch: bool = False
     return ZipRCPlus(calibration, GRID, price, can_branch=can_branch)
 
 
-READER = b.Reader(GRID, logistic(np.random.default_rng(1), 7))
+READER = Reader(GRID, logistic(np.random.default_rng(1), 7))
 BASELINES: list[Policy] = [
-    b.Fixed(READER, k=1),
-    b.Fixed(READER, b.Vote(b.Source.LOGISTIC), 4),
-    b.Fixed(READER, b.Best(b.Source.VALUE), 3),
-    b.DeepConfOffline(READER, 4),
-    b.AdaptiveConsistency(READER, k_max=5),
-    b.SequentialStop(READER, threshold=0.6, k_max=5),
-    b.DeepConfOnline(READER, 5, 2, batch=2),
-    b.ValuePruning(READER, 4, threshold=0.4),
-    b.LengthPruning(READER, 3, cap=9),
-    b.RandomPruning(READER, 4, rate=0.2),
+    Fixed(READER, k=1),
+    Fixed(READER, Vote(Source.LOGISTIC), 4),
+    Fixed(READER, Best(Source.VALUE), 3),
+    DeepConfOffline(READER, 4),
+    AdaptiveConsistency(READER, k_max=5),
+    SequentialStop(READER, threshold=0.6, k_max=5),
+    DeepConfOnline(READER, 5, 2, batch=2),
+    ValuePruning(READER, 4, threshold=0.4),
+    LengthPruning(READER, 3, cap=9),
+    RandomPruning(READER, 4, rate=0.2),
 ]
 
 
@@ -355,10 +360,10 @@ def test_without_branching_live_is_replay(name: str, log_prob: float | None) -> 
     pool = pool_of(asked, list(whole_responses(ScriptedSession(script), asked, slots, cap)), answer_of)
     limits = Budget(branches=slots, interval=3, **({"tokens": 60, "latency": 50} if name == "tight" else {}))
     policies: Sequence[Policy] = {
-        "majority": [b.Fixed(b.Reader(GRID), k=4)],
+        "majority": [Fixed(Reader(GRID), k=4)],
         "zip-rc-plus": [zip_rc_plus(rng, price) for price in (0.001, 0.01)],
         "baselines": BASELINES,
-        "tight": [zip_rc_plus(rng, 1e-6), b.Fixed(b.Reader(GRID), k=5)],
+        "tight": [zip_rc_plus(rng, 1e-6), Fixed(Reader(GRID), k=5)],
     }[name]
     compared = 0
     for one in policies:
@@ -477,7 +482,7 @@ def fail_on(prompt: int, named: bool = False) -> Any:
 @pytest.fixture
 def calm() -> Case:
     """Six prompts under a plain policy."""
-    controller = Controller(b.Fixed(b.Reader(GRID), k=3), Budget(branches=3, interval=4))
+    controller = Controller(Fixed(Reader(GRID), k=3), Budget(branches=3, interval=4))
     return Case(controller, questions(np.random.default_rng(5), 6), Script(stop=0.05), in_flight=3)
 
 

@@ -17,10 +17,10 @@ from tests.unit.test_zip_rc_plus import BY_HAND
 from ziprc.sampling import features
 from ziprc.sampling import replay as replay_module
 from ziprc.sampling.controller import NONE, Budget, Controller, Decision, apply, keep_best
+from ziprc.sampling.policies.zip_rc_plus import FORK_STRENGTH, ZipRCPlus
 from ziprc.sampling.replay import pool_orders, replay, track
 from ziprc.sampling.selection import VoteModel
 from ziprc.sampling.tree import NO_ANSWER, ROOT, Status, Trees
-from ziprc.sampling.zip_rc_plus import FORK_STRENGTH, ZipRCPlus
 
 FLOAT32 = 2e-5  # sums of some dozen float32 numbers up to ten in size
 SLOTS = 5

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ziprc.joint.bins import BinGrid
-from ziprc.sampling.utility import Choice, Fold, Horizons, Prices, Tables, best_set, tables, utility
+from ziprc.sampling.policies.search import best_set
+from ziprc.sampling.policies.utility import Choice, Fold, Horizons, Prices, Tables, tables, utility
 
 EXACT = 1e-9  # sums of some thousand float64 products
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from ziprc import config as settings
+from ziprc.config import load as settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

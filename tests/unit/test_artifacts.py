@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from ziprc import artifacts
 from ziprc.errors import UserError
-from ziprc.workflow import explain_plan, lock_experiment
+from ziprc.store.digests import derived_seed
+from ziprc.store.files import atomic_folder, atomic_path, output_lock, read_json, require_space, write_json, write_text
+from ziprc.store.manifest import write_manifest
+from ziprc.workflow.build import lock_experiment
+from ziprc.workflow.why import explain_plan
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
-    artifacts.write_json(target, {"old": 1})
-    with pytest.raises(RuntimeError), artifacts.atomic_path(target) as private:
+    write_json(target, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_path(target) as private:
         private.write_text("half")
         raise RuntimeError
     assert json.loads(target.read_text()) == {"old": 1}
@@ -26,14 +29,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_checkpoint_has_no_manifest_until_all_its_files_are_there(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with artifacts.atomic_folder(target) as private:
+    with atomic_folder(target) as private:
         (private / "weights").write_text("1")
         (private / "ziprc.json").write_text("{}")
-    with pytest.raises(RuntimeError), artifacts.atomic_folder(target) as private:
+    with pytest.raises(RuntimeError), atomic_folder(target) as private:
         (private / "weights").write_text("2")
         raise RuntimeError
     assert (target / "weights").read_text() == "1" and (target / "ziprc.json").exists()
-    with artifacts.atomic_folder(target) as private:
+    with atomic_folder(target) as private:
         (private / "other").write_text("3")
         (private / "ziprc.json").write_text("{}")
     assert sorted(p.name for p in target.iterdir()) == ["other", "ziprc.json"]
@@ -41,8 +44,8 @@ def test_a_checkpoint_has_no_manifest_until_all_its_files_are_there(tmp_path: Pa
 
 def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
     target = tmp_path / "t.parquet"
-    code = f"from ziprc.artifacts import *; output_lock(Path({str(target)!r})).__enter__()"
-    with artifacts.output_lock(target):
+    code = f"from pathlib import Path; from ziprc.store.files import output_lock; output_lock(Path({str(target)!r})).__enter__()"
+    with output_lock(target):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode != 0 and "is being written by another process" in second.stderr
 
@@ -50,21 +53,21 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
 def test_the_same_content_gives_the_same_manifest(tmp_path: Path) -> None:
     texts = []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        artifacts.write_text(folder / "x.html", "same")
-        artifacts.write_manifest(folder / "x.html", {"seed": 1}, {})
+        write_text(folder / "x.html", "same")
+        write_manifest(folder / "x.html", {"seed": 1}, {})
         texts.append((folder / "x.manifest.json").read_text())
     assert texts[0] == texts[1]
 
 
 def test_a_full_disk_is_refused_with_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="MiB free, but this stage needs"):
-        artifacts.require_space(tmp_path, 10**18)
+        require_space(tmp_path, 10**18)
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("{")
     with pytest.raises(UserError, match=r"m\.json is not valid JSON"):
-        artifacts.read_json(tmp_path / "m.json")
+        read_json(tmp_path / "m.json")
 
 
 def test_two_builds_of_one_experiment_exclude_each_other(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_two_builds_of_one_experiment_exclude_each_other(tmp_path: Path) -> None
 
 
 def test_seeds_depend_on_every_part_and_fit_an_int64() -> None:
-    seeds = {artifacts.derived_seed(run, prompt, i) for run in range(3) for prompt in "ab" for i in range(50)}
+    seeds = {derived_seed(run, prompt, i) for run in range(3) for prompt in "ab" for i in range(50)}
     assert len(seeds) == 300 and max(seeds) < 2**63
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ziprc import code as code_module
-from ziprc import config as module
-from ziprc.config import Config, load, science
+from ziprc.config import load as module
+from ziprc.config.load import Config, load, science
 from ziprc.errors import UserError
+from ziprc.plan import code as code_module
+from ziprc.systems import names
 
 CONTENT = """
 defaults:
@@ -103,7 +104,7 @@ def test_runtime_changes_no_params(path: Path) -> None:
 
 def test_one_head_changes_its_own_params_only(path: Path) -> None:
     before, after = load(path, "plain"), load(path, "plain", ["train_joint.ziprc.kl=25"])
-    changed = [h for h in module.head_names(before) if module.head_params(before, h) != module.head_params(after, h)]
+    changed = [h for h in names.head_names(before) if names.head_params(before, h) != names.head_params(after, h)]
     assert changed == ["ziprc"]
 
 
@@ -111,11 +112,11 @@ def changed_params(before: Config, override: str, path: Path) -> set[str]:
     """Rollouts and prompts tables whose params an override changes."""
     after = load(path, "plain", [override])
     tables = [("prompts", n) for n in ("train", "validation", "test")]
-    tables += [("rollouts", n) for n in ("train", "test", "test-many", "test-lite", *module.POOLS)]
+    tables += [("rollouts", n) for n in ("train", "test", "test-many", "test-lite", *names.POOLS)]
     return {
         f"{kind}/{name}"
         for kind, name in tables
-        if module.params_of(before, kind, name) != module.params_of(after, kind, name)
+        if names.params_of(before, kind, name) != names.params_of(after, kind, name)
     }
 
 
@@ -132,11 +133,11 @@ def test_counts_change_the_tables_that_use_them_and_no_other(path: Path) -> None
 
 def test_a_name_says_which_prompts_policy_and_head(path: Path) -> None:
     config = load(path, "plain", ["train_joint.lite={}"])
-    names = ["train", "test", "test-many", "test-ziprc", "test-noisy-fold1", "validation-ziprc", "test-lite"]
-    assert [module.prompts_of(n) for n in names] == ["train", *["test"] * 4, "validation", "test"]
+    tables = ["train", "test", "test-many", "test-ziprc", "test-noisy-fold1", "validation-ziprc", "test-lite"]
+    assert [names.prompts_of(n) for n in tables] == ["train", *["test"] * 4, "validation", "test"]
     policies = ["base", "base", "base", "ziprc", "noisy-fold1", "ziprc", "lite"]
-    assert [module.policy_of(config, n) for n in names] == policies
-    assert [module.introspected(n) for n in ("ziprc", "lite", *module.POOLS)] == [
+    assert [names.policy_of(config, n) for n in tables] == policies
+    assert [names.introspected(n) for n in ("ziprc", "lite", *names.POOLS)] == [
         ("test", "ziprc"), ("test", "lite"), ("validation-ziprc", "ziprc"), ("test-ziprc", "ziprc"),
     ]  # fmt: skip
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ziprc import container
-from ziprc.config import Config, load
+from ziprc.config.load import Config, load
 from ziprc.errors import UserError
+from ziprc.workflow import container
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINERS = ROOT / "containers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ziprc import doctor
+from ziprc.workflow import doctor
 
 
 def test_a_version_that_differs_from_the_lock_is_a_problem_with_a_remedy() -> None:

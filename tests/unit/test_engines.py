@@ -12,9 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ziprc.artifacts import Layout, digest_file, manifest_of, write_manifest
 from ziprc.chat import CHATML_TEMPLATE
-from ziprc.config import Config, Sampling
+from ziprc.config.base import Sampling
+from ziprc.config.load import Config
 from ziprc.engines import sharding
 from ziprc.engines.base import EngineSettings, Request, gaps, make_engine, own_dtype, stop_token_ids, unknown_rows
 from ziprc.engines.hf import filtered, gumbel_noise, sample
@@ -23,13 +23,17 @@ from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, save_checkpoint
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.joint.vocabulary import derive_layout
-from ziprc.schemas import FinishReason, make_table, read_table, write_table
 from ziprc.stages import rollouts
 from ziprc.stages.context import Context
+from ziprc.store.digests import digest_file
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.store.manifest import write_manifest
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 GRID = BinGrid((0.0, 1.0), (0, 8, 16, 32, 64))
 VOCAB_SIZE = 288
-PROMPTS = 7
+PROMPT_COUNT = 7
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -64,10 +68,10 @@ def make_world(root: Path) -> Layout:
     rows = [
         dict(prompt_id=f"p{i}", task="t", source="t", split="test",
              messages=[{"role": "user", "content": "?" * (i + 1)}], answer="1", difficulty="d", extra="{}")
-        for i in range(PROMPTS)
+        for i in range(PROMPT_COUNT)
     ]  # fmt: skip
     for split in ("train", "test"):
-        write_table(layout.table("prompts", split), "prompts", make_table("prompts", rows))
+        PROMPTS.write(layout.table("prompts", split), PROMPTS.make(rows))
         write_manifest(layout.table("prompts", split), {}, {})
     return layout
 
@@ -212,10 +216,10 @@ def test_reserved_rows_are_never_sampled_by_the_reference(settings: EngineSettin
 def test_the_table_holds_what_was_planned(world: Layout) -> None:
     config = make_config()
     line = rollouts.run(Context(config, world, "train"))
-    table = read_table(world.table("rollouts", "train"), "rollouts")
-    assert line.startswith(f"wrote {PROMPTS * 3} rollouts of ")
-    assert table["prompt_id"].to_pylist() == [f"p{i}" for i in range(PROMPTS) for _ in range(3)]
-    assert table["thinking"].to_pylist() == [True, True, False] * PROMPTS
+    table = ROLLOUTS.read(world.table("rollouts", "train"))
+    assert line.startswith(f"wrote {PROMPT_COUNT * 3} rollouts of ")
+    assert table["prompt_id"].to_pylist() == [f"p{i}" for i in range(PROMPT_COUNT) for _ in range(3)]
+    assert table["thinking"].to_pylist() == [True, True, False] * PROMPT_COUNT
     first, tokenizer = table.slice(0, 1).to_pylist()[0], byte_tokenizer()
     assert tokenizer.decode(first["prompt_token_ids"]) == "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
     assert "<think>\n\n</think>" in tokenizer.decode(table["prompt_token_ids"][2].as_py())
@@ -230,7 +234,7 @@ def test_drift_is_paired_and_many_is_many(world: Layout) -> None:
     tables = {}
     for name in ("test", "test-ziprc", "test-many"):
         rollouts.run(Context(make_config(), world, name))
-        tables[name] = read_table(world.table("rollouts", name), "rollouts")
+        tables[name] = ROLLOUTS.read(world.table("rollouts", name))
     assert tables["test"]["seed"] == tables["test-ziprc"]["seed"]
     assert tables["test"]["rollout_id"] != tables["test-ziprc"]["rollout_id"]
     assert set(tables["test-ziprc"]["policy"].to_pylist()) == {"ziprc"}

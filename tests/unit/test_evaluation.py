@@ -16,30 +16,41 @@ import pytest
 import torch
 
 from tests.doubles import GRID, tiny_experiment
-from ziprc.artifacts import Layout, digest_file, manifest_of, read_json, write_json, write_manifest
-from ziprc.config import POOLS, Config, Samples
+from ziprc.config.load import Config
+from ziprc.config.zip_rc import Samples
 from ziprc.errors import UserError
-from ziprc.evaluation import dag, inspection
-from ziprc.evaluation import states as states_module
 from ziprc.evaluation.accuracy import LengthPrediction, auroc, length_metrics
 from ziprc.evaluation.bootstrap import Estimate, Resampling
 from ziprc.evaluation.calibration import calibration_metrics, length_curve, reliability_curve, sampling_floor
-from ziprc.evaluation.description import majority_scores
-from ziprc.evaluation.logits import Reading, kl_drift, token_scores
-from ziprc.evaluation.metrics import LengthReference, NoLoss, Target, policy_record
+from ziprc.evaluation.head.description import majority_scores
+from ziprc.evaluation.head.metrics import LengthReference, NoLoss, Target, policy_record
+from ziprc.evaluation.head.probes import ProbeSettings, logistic_prediction, probe_prediction
 from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions
-from ziprc.evaluation.probes import ProbeSettings, logistic_prediction, probe_prediction
-from ziprc.evaluation.report import negative_findings, read_costs
-from ziprc.evaluation.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
-from ziprc.evaluation.summary import summary
 from ziprc.joint import readout
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model, read_joint_head
 from ziprc.joint.readout import TokenPair
-from ziprc.schemas import make_table, read_table, write_table
+from ziprc.pages import dag
+from ziprc.pages import inspect as inspection
+from ziprc.pages.report import negative_findings, read_costs
+from ziprc.pages.summary import summary
+from ziprc.reading import states as states_module
+from ziprc.reading.logits import Reading, kl_drift, token_scores
+from ziprc.reading.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
 from ziprc.stages import baselines, evaluate, introspection, prompts, report, values
 from ziprc.stages.baselines import text_rows
 from ziprc.stages.context import Context, perform
+from ziprc.store.digests import digest_file
+from ziprc.store.files import read_json, write_json
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.store.manifest import write_manifest
+from ziprc.systems.names import POOLS
+from ziprc.tables.baselines import BASELINES
+from ziprc.tables.grades import GRADES
+from ziprc.tables.introspection import INTROSPECTION
+from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tables.samples import SAMPLES
+from ziprc.tables.values import VALUES
 
 CONFIG = {
     "evaluate": {"bootstrap": 50, "last_k": 4},
@@ -200,22 +211,16 @@ def test_majority_counts_answers_and_shares_ties():
 
 def graded(statuses: list[str], finish: list[str]) -> tuple[pa.Table, pa.Table]:
     n = len(statuses)
-    rollouts = make_table(
-        "rollouts",
-        [
+    rollouts = ROLLOUTS.make([
             {"rollout_id": f"r{i}", "prompt_id": f"p{i // 2}", "sample_index": i % 2, "seed": i,
              "prompt_token_ids": [1], "response_token_ids": [1] * (i + 1),
              "response_text": "x", "finish_reason": finish[i], "thinking": True,
              "policy": "base"} for i in range(n)
-        ],
-    )  # fmt: skip
-    grades = make_table(
-        "grades",
-        [
+        ])  # fmt: skip
+    grades = GRADES.make([
             {"rollout_id": f"r{i}", "grader": "exact", "score": 1.0 if s == "graded" else None, "status": s,
              "extracted_answer": None, "rationale": None} for i, s in reversed(list(enumerate(statuses)))
-        ],
-    )  # fmt: skip
+        ])  # fmt: skip
     return rollouts, grades
 
 
@@ -291,7 +296,7 @@ def test_everything_about_a_rollout_comes_back_in_order(tmp_path: Path, monkeypa
 def test_a_states_table_of_other_rollouts_is_refused(tmp_path: Path):
     ids, readings = random_states([3, 2])
     path = tmp_path / "ziprc.parquet"
-    write_table(path, "introspection", states_table(ids, readings, GRID))
+    INTROSPECTION.write(path, states_table(ids, readings, GRID))
     some = np.zeros((2, 1), int)
     for read in (lambda n, c: read_states(path, ids, n, some, c), lambda n, c: read_all(path, ids, n, c)):
         with pytest.raises(UserError, match=r"does not hold every state of rollout r1 \(4 tokens\)"):
@@ -442,11 +447,11 @@ def test_pass_at_1_weighs_every_prompt_alike_whatever_the_samples_of_either_side
 
 def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: Context):
     from ziprc.stages.values import score_rollouts
-    from ziprc.training.packing import prompt_fold
+    from ziprc.training.data import prompt_fold
 
     layout = experiment.layout
-    table = read_table(layout.table("values", "train"), "values").to_pylist()
-    rollouts = read_table(layout.table("rollouts", "train"), "rollouts")
+    table = VALUES.read(layout.table("values", "train")).to_pylist()
+    rollouts = ROLLOUTS.read(layout.table("rollouts", "train"))
     folds = [prompt_fold(p, 2) for p in rollouts["prompt_id"].to_pylist()]
     assert [row["fold"] for row in table] == folds and set(folds) == {0, 1}
     assert [row["critic"] for row in table] == [f"noisy-fold{f}" for f in folds]
@@ -457,7 +462,7 @@ def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: C
 
 
 def test_other_splits_are_scored_by_the_mean_of_the_critics(experiment: Context):
-    table = read_table(experiment.layout.table("values", "test-many"), "values")
+    table = VALUES.read(experiment.layout.table("values", "test-many"))
     assert set(table["critic"].to_pylist()) == {"mean"} and set(table["fold"].to_pylist()) == {-1}
 
 
@@ -466,13 +471,13 @@ def test_one_fold_means_one_critic_for_all(tmp_path: Path):
     tiny_experiment(layout, folds=1)
     config = Config.model_validate(CONFIG | {"values": {"folds": 1, "last_k": 4}})
     values.run(Context(config, layout, "train"))
-    table = read_table(layout.table("values", "train"), "values")
+    table = VALUES.read(layout.table("values", "train"))
     assert set(table["critic"].to_pylist()) == {"noisy"}
 
 
 def test_introspection_holds_every_labelled_state_in_order(experiment: Context):
-    table = read_table(experiment.layout.table("introspection", "ziprc"), "introspection")
-    rollouts = read_table(experiment.layout.table("rollouts", "test"), "rollouts")
+    table = INTROSPECTION.read(experiment.layout.table("introspection", "ziprc"))
+    rollouts = ROLLOUTS.read(experiment.layout.table("rollouts", "test"))
     wanted = [(r["rollout_id"], j) for r in rollouts.to_pylist() for j in range(len(r["response_token_ids"]))]
     assert list(zip(table["rollout_id"].to_pylist(), table["position"].to_pylist(), strict=True)) == wanted
     assert {len(joint) for joint in table["joint"].to_pylist()} == {GRID.size}
@@ -481,7 +486,7 @@ def test_introspection_holds_every_labelled_state_in_order(experiment: Context):
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_pool_is_read_by_the_head_that_sampled_it(experiment: Context, pool: str):
     layout = experiment.layout
-    rollouts = read_table(layout.table("rollouts", pool), "rollouts")
+    rollouts = ROLLOUTS.read(layout.table("rollouts", pool))
     pairs = token_pairs(rollouts)
     lengths = np.array([len(pair.response) for pair in pairs])
     found = read_all(layout.table("introspection", pool), rollouts["rollout_id"].combine_chunks(), lengths, GRID.size)
@@ -496,19 +501,19 @@ def test_a_pool_is_read_by_the_head_that_sampled_it(experiment: Context, pool: s
 
 def test_introspection_is_the_same_file_again_and_hardly_depends_on_the_batch(experiment: Context):
     path = experiment.layout.table("introspection", "ziprc")
-    before, table = digest_file(path), read_table(path, "introspection")
+    before, table = digest_file(path), INTROSPECTION.read(path)
     small = experiment.config.model_copy(
         update={"runtime": experiment.config.runtime.model_copy(update={"forward_tokens": 64})}
     )
     introspection.run(replace(experiment, config=small, name="ziprc"))
-    other = read_table(path, "introspection")
+    other = INTROSPECTION.read(path)
     assert np.allclose(table["expected_reward"], other["expected_reward"], atol=1e-5)
     introspection.run(replace(experiment, name="ziprc"))
     assert digest_file(path) == before
 
 
 def test_baselines_predict_every_rollout_at_every_moment(experiment: Context):
-    table = read_table(experiment.layout.table("baselines", "test"), "baselines")
+    table = BASELINES.read(experiment.layout.table("baselines", "test"))
     assert table.num_rows == 96 * 4 * 5
     starts = {
         (r["predictor"], r["expected_reward"])
@@ -570,7 +575,7 @@ def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
         "probability": 0.75, "prefill": 9,
     }  # fmt: skip
     path = experiment.layout.table("samples", "zip-rc")
-    write_table(path, "samples", make_table("samples", [row]))
+    SAMPLES.write(path, SAMPLES.make([row]))
     write_manifest(path, {}, {})
     write_json(path.with_suffix(".timing.json"), {"2": {"together": {"total_s": 4.0, "deciding_s": 0.5}}})
     config = experiment.config.model_copy(update={"samples": Samples(policies=("zip-rc",))})

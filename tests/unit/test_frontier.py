@@ -18,11 +18,11 @@ from tests.doubles import Script, ScriptedSession
 from tests.properties.test_live import GRID as LIVE_GRID
 from tests.properties.test_live import BranchOnce, Erratic, answer_of, fail_on, questions, zip_rc_plus
 from tests.unit.test_sampling import GRID, planted
-from ziprc.config import Frontier
-from ziprc.evaluation import sampling_record as module
+from ziprc.config.zip_rc import Frontier
 from ziprc.evaluation.bootstrap import Resampling
-from ziprc.evaluation.decisions import Asked, decision_table, live_record
-from ziprc.evaluation.frontier import (
+from ziprc.evaluation.samplers import record as module
+from ziprc.evaluation.samplers.decisions import Asked, decision_table, live_record
+from ziprc.evaluation.samplers.frontier import (
     Costs,
     Family,
     Mixture,
@@ -33,16 +33,19 @@ from ziprc.evaluation.frontier import (
     difference_records,
     hull,
 )
-from ziprc.evaluation.pools import RecordedPool
-from ziprc.evaluation.sampling_record import arena, sampling_record, sweep_of
-from ziprc.sampling import baselines as b
-from ziprc.sampling.calibration import Fitted
+from ziprc.evaluation.samplers.pools import RecordedPool
+from ziprc.evaluation.samplers.record import arena, sampling_record, sweep_of
 from ziprc.sampling.controller import NONE, Budget, Controller, Policy
 from ziprc.sampling.families import PLUS, PUBLISHED, Setting, ablations, competitors, live_setting, ours, single
-from ziprc.sampling.live import Answered, Runner
+from ziprc.sampling.fitting import Fitted
+from ziprc.sampling.live.records import Answered
+from ziprc.sampling.live.runner import Runner
+from ziprc.sampling.policies.base import Reader
+from ziprc.sampling.policies.fixed import Fixed
+from ziprc.sampling.policies.pruning import ValuePruning
+from ziprc.sampling.policies.zip_rc_plus import ZipRCPlus
 from ziprc.sampling.replay import pool_orders
 from ziprc.sampling.tree import ROOT, Status, Trees
-from ziprc.sampling.zip_rc_plus import ZipRCPlus
 
 ROUNDED = 2e-6  # differences of numbers with six decimals
 
@@ -127,7 +130,7 @@ def test_the_normalised_cost_is_in_samples_of_the_same_prompt():
 def test_outcomes_are_means_over_the_episodes_of_each_prompt():
     pool, orders = planted(0), pool_orders(20, 5, 3, 0)
     player = Player(pool, orders, branches=5)
-    found = player.play(Setting(b.Fixed(b.Reader(GRID), k=2)))
+    found = player.play(Setting(Fixed(Reader(GRID), k=2)))
     rows = np.arange(20)[None, :, None]
     assert np.allclose(found.tokens, pool.length[rows, orders[:, :, :2]].sum(-1).mean(0))
     assert (found.samples == 2).all() and len(found.score) == 60
@@ -166,7 +169,7 @@ def fitted() -> Fitted:
 
 def test_test_prompts_are_played_for_the_settings_that_validation_keeps_only(pools: Any):
     validation, test = (Watched(p.pool, pool_orders(30, 6, 1, 0), 6) for p in pools)
-    settings = [Setting(b.Fixed(b.Reader(GRID), k=k)) for k in range(1, 7)]
+    settings = [Setting(Fixed(Reader(GRID), k=k)) for k in range(1, 7)]
     found = choose_and_play("majority", settings, validation, test)
     outcomes = [Player(validation.pool, validation.orders, 6).play(s) for s in settings]
     kept = hull(np.array([o.tokens.mean() for o in outcomes]), np.array([o.accuracy.mean() for o in outcomes]))
@@ -359,8 +362,8 @@ def table_of(policy: Policy, answers: Sequence[Answered], interval: int = 3) -> 
 POLICIES: dict[str, Policy] = {
     "plus": zip_rc_plus(np.random.default_rng(0), 0.003),
     "branching": zip_rc_plus(np.random.default_rng(3), 1e-4, can_branch=True),
-    "majority": b.Fixed(b.Reader(LIVE_GRID), k=3),
-    "pruning": b.ValuePruning(b.Reader(LIVE_GRID), k=4, threshold=0.45),
+    "majority": Fixed(Reader(LIVE_GRID), k=3),
+    "pruning": ValuePruning(Reader(LIVE_GRID), k=4, threshold=0.45),
 }
 
 
@@ -493,7 +496,7 @@ def test_the_record_of_a_live_run_counts_what_is_in_its_table(run: Any):
 
 
 def test_every_branch_was_started_or_branched_once():
-    policy = b.Fixed(b.Reader(LIVE_GRID), k=3)
+    policy = Fixed(Reader(LIVE_GRID), k=3)
     answers = live(policy, interval=CAP)
     found = live_record(table_of(policy, answers, CAP), {}, 10, 0.95)["2"]
     assert found["actions"]["start"] + found["actions"]["branch"] == found["samples"] == 3

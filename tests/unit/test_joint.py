@@ -11,13 +11,13 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_tokenizer
-from ziprc.artifacts import write_sealed
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model, load_tokenizer, read_joint_head, read_manifest
 from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.readout import TokenPair, batches_by_tokens, read_joint, slice_weight
 from ziprc.joint.vocabulary import VocabLayout, check_layout, derive_layout
+from ziprc.store.manifest import write_sealed
 
 OFFICIAL = BinGrid(tuple(i / 6 for i in range(7)), (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768))
 BINARY = BinGrid((0.0, 1.0), OFFICIAL.length_edges)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ziprc.cli import parser
-from ziprc.config import Config
+from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.workflow import call_to_the_end, first_line, meeting_port, root_of, stage_command
+from ziprc.workflow.build import call_to_the_end
+from ziprc.workflow.launch import first_line, meeting_port, root_of, stage_command
 
 CONFIG = root_of(Path(__file__)) / "config.yaml"
 

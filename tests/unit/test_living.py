@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ziprc import living, workflow
-from ziprc.artifacts import output_lock
 from ziprc.cli import parser
-from ziprc.config import load
+from ziprc.config.load import load
 from ziprc.errors import UserError
+from ziprc.store.files import output_lock
+from ziprc.workflow import build, living
+from ziprc.workflow.launch import root_of
 
 LISTING = """13|RUNNING|{here}|rule_rollouts_wildcards_toy_train
 14|PENDING|{here}|rule_train_joint_wildcards_toy-seed1_ziprc
@@ -83,9 +84,9 @@ def test_ctrl_c_while_waiting_starts_nothing(squeue: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(living.time, "sleep", interrupt)
     answer(squeue, f"echo '7|RUNNING|{tmp_path}|rule_base_wildcards_smoke'")
-    config_file = workflow.root_of(Path(__file__)) / "config.yaml"
+    config_file = root_of(Path(__file__)) / "config.yaml"
     options = parser().parse_args(["build", "--experiment", "smoke", "--config-file", str(config_file)])
-    assert workflow.build(options, load(config_file, "smoke")) == 130
+    assert build.build(options, load(config_file, "smoke")) == 130
     assert not (tmp_path / ".snakemake").exists()
 
 
@@ -154,8 +155,8 @@ def test_a_lock_is_alive_while_somebody_holds_it(tmp_path: Path) -> None:
 
 def unlock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(folder)
-    config = workflow.root_of(Path(__file__)) / "config.yaml"
-    return workflow.unlock(parser().parse_args(["unlock", "--experiment", "smoke", "--config-file", str(config)]))
+    config = root_of(Path(__file__)) / "config.yaml"
+    return build.unlock(parser().parse_args(["unlock", "--experiment", "smoke", "--config-file", str(config)]))
 
 
 def test_unlock_refuses_while_something_is_alive_and_names_it(

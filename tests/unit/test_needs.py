@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ziprc.config import Runtime
+from ziprc.config.base import Runtime
 from ziprc.errors import UserError
-from ziprc.needs import check_sites, resource_names, resources, threads
-from ziprc.workflow import root_of
+from ziprc.workflow.launch import root_of
+from ziprc.workflow.needs import check_sites, resource_names, resources, threads
 
 ROOT = root_of(Path(__file__))
 SITES = {

@@ -13,24 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.doubles import tiny_checkpoint
-from ziprc import provenance
-from ziprc.artifacts import (
-    Layout,
-    digest_file,
-    disk_errors_explained,
-    manifest_of,
-    output_lock,
-    read_sealed,
-    require_intact,
-    write_json,
-    write_manifest,
-    write_sealed,
-    write_text,
-)
-from ziprc.config import Config
+from ziprc.config.load import Config
 from ziprc.errors import UserError
+from ziprc.plan import provenance
+from ziprc.plan.provenance import REVISION_VARIABLE, hand_on_revision, revision
+from ziprc.plan.verify import verify
 from ziprc.stages import prompts
 from ziprc.stages.context import Context, perform
+from ziprc.store.digests import digest_file
+from ziprc.store.files import disk_errors_explained, output_lock, write_json, write_text
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.store.manifest import read_sealed, require_intact, write_manifest, write_sealed
 
 CONFIG = {"prompts": {"train": 3, "validation": 2, "test": 2}}
 
@@ -144,7 +137,7 @@ def test_a_damaged_artifact_or_record_is_made_again(context: Context) -> None:
         flip(path)
         assert "nothing to do" not in perform("prompts", prompts.run, context)
         assert digest_file(table(context)) == before
-        assert not provenance.verify(context.layout.home).problems
+        assert not verify(context.layout.home).problems
 
 
 # --- the record ---
@@ -172,27 +165,27 @@ def test_the_commit_and_what_differs_from_it_are_kept(tmp_path: Path, monkeypatc
     git(root, "add", ".")
     git(root, "commit", "-qm", "first")
     monkeypatch.setattr(provenance, "PACKAGE", root / "ziprc")
-    assert provenance.revision(layout) == {"commit": git(root, "rev-parse", "HEAD"), "diff": None}
+    assert revision(layout) == {"commit": git(root, "rev-parse", "HEAD"), "diff": None}
     (root / "ziprc" / "a.py").write_text("x = 2\n")
     (root / "ziprc" / "new.py").write_text("y = 3\n")
-    found = provenance.revision(layout)
+    found = revision(layout)
     text = (layout.home / "provenance" / str(found["diff"])).read_text()
     assert "+x = 2" in text and "y = 3" in text
 
 
 def test_without_git_the_revision_is_unknown_and_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
-    assert provenance.revision(Layout(tmp_path, "x")) == {"commit": None, "diff": None}
+    monkeypatch.delenv(REVISION_VARIABLE, raising=False)
+    assert revision(Layout(tmp_path, "x")) == {"commit": None, "diff": None}
 
 
 def test_a_stage_without_git_knows_what_was_found_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(tmp_path, "x")
-    monkeypatch.setenv(provenance.REVISION_VARIABLE, "")  # so that it is put back
-    provenance.hand_on_revision(layout)
-    outside = provenance.revision(layout)
+    monkeypatch.setenv(REVISION_VARIABLE, "")  # so that it is put back
+    hand_on_revision(layout)
+    outside = revision(layout)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert provenance.revision(layout) == outside
+    assert revision(layout) == outside
 
 
 # --- verify ---
@@ -200,9 +193,7 @@ def test_a_stage_without_git_knows_what_was_found_outside(tmp_path: Path, monkey
 
 def test_verify_counts_what_agrees(context: Context) -> None:
     assert (
-        provenance.verify(context.layout.home)
-        .text()
-        .endswith("1 artifacts of 1 files, 1 provenance records: every digest agrees")
+        verify(context.layout.home).text().endswith("1 artifacts of 1 files, 1 provenance records: every digest agrees")
     )
 
 
@@ -215,7 +206,7 @@ def test_verify_names_each_problem(context: Context) -> None:
     (home / "values").mkdir()
     (home / "values" / "train.parquet").write_bytes(b"half")
     flip(context.layout.provenance("prompts", "train"))
-    problems = "\n".join(provenance.verify(home).problems)
+    problems = "\n".join(verify(home).problems)
     for found in (
         "metrics.json is not what metrics.manifest.json describes",
         "was made from another prompts/train than there is now",
@@ -227,7 +218,7 @@ def test_verify_names_each_problem(context: Context) -> None:
 
 def test_verify_of_an_empty_folder_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no manifest"):
-        provenance.verify(tmp_path)
+        verify(tmp_path)
 
 
 def test_the_command_exits_with_1_when_something_is_wrong(context: Context) -> None:
@@ -244,7 +235,7 @@ def test_the_command_exits_with_1_when_something_is_wrong(context: Context) -> N
 def test_a_second_writer_computes_nothing(context: Context) -> None:
     other = replace(context, config=Config.model_validate({**CONFIG, "seed": 1}))
     code = (
-        "import sys; from pathlib import Path; from ziprc.artifacts import output_lock\n"
+        "import sys; from pathlib import Path; from ziprc.store.files import output_lock\n"
         "with output_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

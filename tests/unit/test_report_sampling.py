@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ziprc.artifacts import read_json, write_json
 from ziprc.evaluation.bootstrap import Resampling
 from ziprc.evaluation.calibration import calibration_metrics, reliability_curve
-from ziprc.evaluation.figures import best_rivals, frontier, frontier_figure, in_order
-from ziprc.evaluation.frontier import Costs, Family, Outcome, difference_records, family_record
-from ziprc.evaluation.report_sampling import sampling_findings, sampling_section
-from ziprc.evaluation.summary import summary
+from ziprc.evaluation.samplers.frontier import Costs, Family, Outcome, difference_records, family_record
+from ziprc.pages.figures import best_rivals, frontier, frontier_figure, in_order
+from ziprc.pages.samplers import sampling_findings, sampling_section
+from ziprc.pages.summary import summary
+from ziprc.store.files import read_json, write_json
 
 PROMPTS, ONE = 200, 40.0
 BUDGETS = {"2": 2 * ONE, "4": 4 * ONE, "8": 8 * ONE, "16": 16 * ONE}

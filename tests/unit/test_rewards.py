@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.doubles import tiny_tables, tiny_tokenizer
-from ziprc.artifacts import Layout, write_manifest
-from ziprc.config import Config
+from tests.doubles import TABLES, tiny_tables, tiny_tokenizer
+from ziprc.config.load import Config
 from ziprc.engines.base import Request, Response
 from ziprc.errors import UserError
 from ziprc.rewards.base import Grade, Question, decide, graded, ungraded
@@ -18,9 +17,13 @@ from ziprc.rewards.countdown import CountdownGrader
 from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, as_data, check_unparseable, read_verdict
 from ziprc.rewards.math import MathGrader
-from ziprc.schemas import FinishReason, GradeStatus, make_table, read_table, write_table
 from ziprc.stages import grades as stage
 from ziprc.stages.context import Context
+from ziprc.store.layout import Layout
+from ziprc.store.manifest import write_manifest
+from ziprc.tables.grades import GRADES, GradeStatus
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 
 def asked(response: str, answer: str | None = "12", **extra: object) -> Question:
@@ -200,18 +203,18 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def rewrite(layout: Layout, kind: str, rows: list[dict[str, object]]) -> None:
-    write_table(layout.table(kind, "train"), kind, make_table(kind, rows))
+    TABLES[kind].write(layout.table(kind, "train"), TABLES[kind].make(rows))
     write_manifest(layout.table(kind, "train"), {}, {})
 
 
 def run(layout: Layout, **settings: object) -> list[dict[str, object]]:
     stage.run(Context(Config.model_validate({"grades": settings}), layout, "train"))
-    return read_table(layout.table("grades", "train"), "grades").to_pylist()
+    return GRADES.read(layout.table("grades", "train")).to_pylist()
 
 
 def test_unfinished_responses_are_never_graded(layout: Layout) -> None:
     grades = {row["rollout_id"]: row for row in run(layout)}
-    rollouts = read_table(layout.table("rollouts", "train"), "rollouts").to_pylist()
+    rollouts = ROLLOUTS.read(layout.table("rollouts", "train")).to_pylist()
     for rollout in rollouts:
         unfinished = rollout["finish_reason"] != "stop"
         assert (grades[rollout["rollout_id"]]["status"] == "unfinished") == unfinished
@@ -220,14 +223,14 @@ def test_unfinished_responses_are_never_graded(layout: Layout) -> None:
 
 def test_grades_do_not_depend_on_the_order_of_rollouts(layout: Layout) -> None:
     before = {row["rollout_id"]: row for row in run(layout)}
-    rewrite(layout, "rollouts", read_table(layout.table("rollouts", "train"), "rollouts").to_pylist()[::-1])
+    rewrite(layout, "rollouts", ROLLOUTS.read(layout.table("rollouts", "train")).to_pylist()[::-1])
     assert {row["rollout_id"]: row for row in run(layout)} == before
 
 
 def test_a_prompt_without_an_answer_is_named_and_old_grades_stay(layout: Layout) -> None:
     run(layout)
     before = layout.table("grades", "train").read_bytes()
-    prompts = read_table(layout.table("prompts", "train"), "prompts").to_pylist()
+    prompts = PROMPTS.read(layout.table("prompts", "train")).to_pylist()
     rewrite(layout, "prompts", [row | {"answer": None if row["prompt_id"] == "train-3" else "1"} for row in prompts])
     with pytest.raises(UserError, match=r"1 prompts lack a reference answer.*'exact'.*train-3"):
         run(layout)
@@ -235,7 +238,7 @@ def test_a_prompt_without_an_answer_is_named_and_old_grades_stay(layout: Layout)
 
 
 def test_a_prompt_that_is_gone_is_named(layout: Layout) -> None:
-    rewrite(layout, "prompts", read_table(layout.table("prompts", "train"), "prompts").to_pylist()[1:])
+    rewrite(layout, "prompts", PROMPTS.read(layout.table("prompts", "train")).to_pylist()[1:])
     with pytest.raises(UserError, match="train-0"):
         run(layout)
 

@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from ziprc.artifacts import write_json
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.distribution import JointDistribution
-from ziprc.sampling import baselines, features, score, selection
-from ziprc.sampling.calibration import Calibration, Fitted, _states, calibration_file, fit_strength, read_fitted
+from ziprc.sampling import features, score, selection
 from ziprc.sampling.controller import NONE, Budget, Choice, Controller, Decision, apply, keep_best
+from ziprc.sampling.fitting import Calibration, Fitted, _states, calibration_file, fit_strength, read_fitted
+from ziprc.sampling.policies.base import Reader
+from ziprc.sampling.policies.fixed import Fixed
+from ziprc.sampling.policies.zip_rc_plus import ZipRCPlus
 from ziprc.sampling.replay import Played, Pool, pool_orders, replay, track
 from ziprc.sampling.score import Logistic, Stages, stage_of
 from ziprc.sampling.selection import VoteModel
 from ziprc.sampling.tree import Status, Trees
-from ziprc.sampling.zip_rc_plus import ZipRCPlus
+from ziprc.store.files import write_json
 
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 4, 8, 16, 32))
 PROMPTS, ROLLOUTS = 20, 5
@@ -101,7 +103,7 @@ class Dice:
 POOL = planted(0)
 ORDERS = pool_orders(PROMPTS, ROLLOUTS, 2, 0)
 ROWS = np.arange(len(POOL.joint), dtype=np.float32)[:, None]  # signals that tell which reading they are
-EVERYTHING = baselines.Fixed(baselines.Reader(GRID), k=ROLLOUTS)
+EVERYTHING = Fixed(Reader(GRID), k=ROLLOUTS)
 
 
 def play(policy: Any, pool: Pool = POOL, orders: np.ndarray = ORDERS, observe: Any = None, **limits: int) -> Played:

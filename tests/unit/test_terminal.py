@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 
 from tests.doubles import GRID, tiny_checkpoint, tiny_tokenizer
-from ziprc.artifacts import write_json, write_sealed
 from ziprc.cli import main
 from ziprc.errors import UserError
-from ziprc.integrations import terminal
-from ziprc.integrations.asking import Wishes, prepare
-from ziprc.integrations.terminal import Line, branch_line, cells, frame, head, sample, tail
 from ziprc.joint.checkpoint import read_manifest
-from ziprc.sampling.calibration import Calibration, Fitted, calibration_file
+from ziprc.pages import terminal
+from ziprc.pages.terminal import Line, branch_line, cells, frame, head, sample, tail
+from ziprc.sampling.fitting import Calibration, Fitted, calibration_file
+from ziprc.sampling.live.asking import Wishes, prepare
+from ziprc.sampling.policies.zip_rc import JointCalibration
 from ziprc.sampling.score import Logistic, Stages
 from ziprc.sampling.selection import VoteModel
-from ziprc.sampling.zip_rc import JointCalibration
+from ziprc.store.files import write_json
+from ziprc.store.manifest import write_sealed
 
 STOPS = [*range(0, 256, 12), 258]  # many, so that a random model ends
 

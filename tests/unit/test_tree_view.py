@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from ziprc.artifacts import Layout
 from ziprc.cli import main
 from ziprc.errors import UserError
-from ziprc.evaluation import tree_view
-from ziprc.evaluation.tree_view import Branch, Piece, colour, interest, load_tree, one_line, page, tree_text
-from ziprc.schemas import make_table, write_table
+from ziprc.pages import tree as tree_view
+from ziprc.pages.tree import Branch, Piece, colour, interest, load_tree, one_line, page, tree_text
+from ziprc.store.layout import Layout
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.samples import SAMPLES
 
 POLICY = "zip-rc-plus-branching"
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J & 2+2"
@@ -65,10 +66,8 @@ def home(tmp_path: Path) -> Path:
          "messages": [{"role": "user", "content": EVIL}], "answer": "4", "difficulty": "hard", "extra": "{}"}
         for name in ("dull", "rich")
     ]  # fmt: skip
-    write_table(layout.table("prompts", "test"), "prompts", make_table("prompts", prompts))
-    write_table(
-        layout.table("samples", POLICY), "samples", make_table("samples", [*dull(), *dull("16"), *dull("8"), *rich()])
-    )
+    PROMPTS.write(layout.table("prompts", "test"), PROMPTS.make(prompts))
+    SAMPLES.write(layout.table("samples", POLICY), SAMPLES.make([*dull(), *dull("16"), *dull("8"), *rich()]))
     return layout.home
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.sampling.utility import Prices, Tables, best_set, initial_count, normaliser, tables, utility
+from ziprc.sampling.policies.search import best_set, initial_count
+from ziprc.sampling.policies.utility import Prices, Tables, normaliser, tables, utility
 
 GRID = BinGrid((0.0, 1.0), (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768))
 NONE = GRID.L

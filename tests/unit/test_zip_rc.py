@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling.controller import NONE, Budget, Controller, Decision
+from ziprc.sampling.policies.search import initial_count
+from ziprc.sampling.policies.utility import Horizons, Prices
+from ziprc.sampling.policies.zip_rc import JointCalibration, Pick, ZipRC
 from ziprc.sampling.replay import Played, Pool, pool_orders, replay, track
 from ziprc.sampling.score import joint_summary
 from ziprc.sampling.tree import NO_ANSWER, Status, Trees
-from ziprc.sampling.utility import Horizons, Prices, initial_count
-from ziprc.sampling.zip_rc import JointCalibration, Pick, ZipRC
 
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 4, 8, 16, 40))
 PROMPTS, ROLLOUTS, INTERVAL = 20, 8, 3
@@ -287,7 +288,7 @@ def test_a_prompts_decision_does_not_depend_on_its_neighbours(seed: int, kw: dic
 def test_chunks_of_prompts_make_no_difference(monkeypatch: pytest.MonkeyPatch):
     trees, policy = random_trees(0), ZipRC(GRID, 0.3, 0.1)
     whole = policy.decide(trees, INTERVAL)
-    monkeypatch.setattr("ziprc.sampling.zip_rc.PROMPTS_AT_ONCE", 5)
+    monkeypatch.setattr("ziprc.sampling.policies.zip_rc.PROMPTS_AT_ONCE", 5)
     assert same(policy.decide(trees, INTERVAL), whole)
 
 

@@ -11,13 +11,9 @@ from scipy.special import logit
 
 from tests.unit.test_sampling import GRID, PROMPTS, ROLLOUTS, planted
 from ziprc.errors import UserError
-from ziprc.sampling.calibration import Calibration, Fitted
 from ziprc.sampling.controller import NONE, Budget, Controller, Decision
-from ziprc.sampling.replay import Played, pool_orders, replay
-from ziprc.sampling.score import INPUTS, Logistic, Stages, joint_summary
-from ziprc.sampling.selection import VoteModel
-from ziprc.sampling.tree import ROOT, Status, Trees
-from ziprc.sampling.zip_rc_plus import (
+from ziprc.sampling.fitting import Calibration, Fitted
+from ziprc.sampling.policies.zip_rc_plus import (
     FINISHED,
     FORK_STRENGTH,
     ON_THE_WAY,
@@ -26,6 +22,10 @@ from ziprc.sampling.zip_rc_plus import (
     FusedThreshold,
     ZipRCPlus,
 )
+from ziprc.sampling.replay import Played, pool_orders, replay
+from ziprc.sampling.score import INPUTS, Logistic, Stages, joint_summary
+from ziprc.sampling.selection import VoteModel
+from ziprc.sampling.tree import ROOT, Status, Trees
 
 SLOTS, STRENGTH, PRICE = 5, 2.0, 0.005
 FLAT = Logistic((0.0,), (1.0,), (0.0, 0.0), 0.0)  # not looked at: signals are written by hand

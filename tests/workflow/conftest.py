@@ -55,7 +55,7 @@ class Workplace:
 
     def tables(self) -> dict[str, str]:
         """sha256 of every table by name."""
-        from ziprc.artifacts import digest_file
+        from ziprc.store.digests import digest_file
 
         return {str(p.relative_to(self.home)): digest_file(p) for p in sorted(self.home.rglob("*.parquet"))}
 

@@ -22,10 +22,12 @@ from pathlib import Path
 import psutil
 
 from tests.workflow.conftest import MICRO, Workplace, environment
-from ziprc.artifacts import Layout, described_files, digest_file, manifest_of
-from ziprc.config import load
+from ziprc.config.load import load
 from ziprc.errors import UserError
-from ziprc.plan import CHECKPOINTS, parents_of, target_of
+from ziprc.store.digests import digest_file
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.store.manifest import described_files
+from ziprc.systems.artifacts import CHECKPOINTS, parents_of, target_of
 
 STAGES = {
     "prompts": "train",

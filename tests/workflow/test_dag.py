@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.conftest import ROOT, Workplace, environment
-from ziprc import config as settings
-from ziprc.artifacts import Layout
 from ziprc.cli import parser
-from ziprc.plan import artifact_names
-from ziprc.workflow import stage_command
+from ziprc.config import load as settings
+from ziprc.store.layout import Layout
+from ziprc.systems.artifacts import artifact_names
+from ziprc.workflow.launch import stage_command
 
 CONFIG = ROOT / "config.yaml"
 RULES = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.M)

@@ -21,8 +21,8 @@ import pytest
 from tests.workflow import faults
 from tests.workflow.conftest import Workplace
 from tests.workflow.faults import LEDGER, STAGES, Bench
-from ziprc.artifacts import digest_file
 from ziprc.stages.context import Context, perform
+from ziprc.store.digests import digest_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.conftest import Workplace, environment
-from ziprc.workflow import lock_experiment
+from ziprc.workflow.build import lock_experiment
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow.conftest import MICRO, ROOT, Workplace, environment
-from ziprc.artifacts import digest_file
+from ziprc.store.digests import digest_file
 
 pytestmark = pytest.mark.slow
 

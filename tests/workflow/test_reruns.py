@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.workflow.conftest import Workplace
-from ziprc.artifacts import digest_file
+from ziprc.store.digests import digest_file
 
 pytestmark = pytest.mark.slow
 

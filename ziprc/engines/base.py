@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ziprc.artifacts import read_json
-from ziprc.config import Judge, Rollouts, Runtime, Sampling
+from ziprc.config.base import Runtime, Sampling
+from ziprc.config.shared import Judge, Rollouts
 from ziprc.errors import UserError, nearest
 from ziprc.joint.vocabulary import Vocabulary
-from ziprc.schemas import FinishReason
+from ziprc.store.files import read_json
+from ziprc.tables.rollouts import FinishReason
 
 if TYPE_CHECKING:
     from ziprc.joint.checkpoint import JointHead

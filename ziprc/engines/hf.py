@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from ziprc.config import Sampling
+from ziprc.config.base import Sampling
 from ziprc.engines.base import (
     EngineSettings,
     OnTokens,
@@ -28,10 +28,10 @@ from ziprc.engines.base import (
     joint_of,
     own_dtype,
 )
-from ziprc.engines.reading import LiveReadout, Taken, TextRows
+from ziprc.engines.taps import LiveReadout, Taken, TextRows
 from ziprc.engines.watchdog import Watchdog
 from ziprc.joint.checkpoint import JointHead, load_model
-from ziprc.schemas import FinishReason
+from ziprc.tables.rollouts import FinishReason
 
 GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
 LIVE_SHARE = 0.75  # finished rows leave the batch once fewer than this share of its rows is live

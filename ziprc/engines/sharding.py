@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ziprc.artifacts import digest_json, manifest_of, require_intact, write_manifest
 from ziprc.engines.base import Engine, EngineSettings, OnTokens, Request, Response, make_engine
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_tokenizer
 from ziprc.progress import progress
-from ziprc.schemas import FinishReason, make_table, write_table
+from ziprc.store.digests import digest_json
+from ziprc.store.layout import manifest_of
+from ziprc.store.manifest import require_intact, write_manifest
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 ID_LENGTH = 24
 
@@ -106,16 +108,15 @@ def _texts(responses: Sequence[Response], tokenizer: Any) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _token_lists(lists: Sequence[Sequence[int]]) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int32)
+def _token_lists(lists: Sequence[Sequence[int]]) -> pa.LargeListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
     values = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
-    return pa.ListArray.from_arrays(offsets, values)
+    return pa.LargeListArray.from_arrays(offsets, values)
 
 
 def rollout_table(wanted: Sequence[Wanted], responses: Sequence[Response], policy: str, tokenizer: Any) -> pa.Table:
     """Columns of the rollouts table, in the order wanted."""
-    return make_table(
-        "rollouts",
+    return ROLLOUTS.make(
         {
             "rollout_id": [_rollout_id(w, policy) for w in wanted],
             "prompt_id": [w.prompt_id for w in wanted],
@@ -127,14 +128,14 @@ def rollout_table(wanted: Sequence[Wanted], responses: Sequence[Response], polic
             "finish_reason": [r.finish_reason.value for r in responses],
             "thinking": [w.thinking for w in wanted],
             "policy": [policy] * len(wanted),
-        },
+        }
     )
 
 
 def _make_shard(engine: Engine, shard: Shard, job: Job, tokenizer: Any, on_tokens: OnTokens) -> None:
     requests = [Request(_rollout_id(w, job.policy), w.prompt, w.seed, job.max_new_tokens) for w in shard.wanted]
     responses = engine.generate(requests, on_tokens)
-    write_table(shard.path, "rollouts", rollout_table(shard.wanted, responses, job.policy, tokenizer))
+    ROLLOUTS.write(shard.path, rollout_table(shard.wanted, responses, job.policy, tokenizer))
     write_manifest(shard.path, {}, {})
 
 

@@ -4,7 +4,7 @@ One custom logits processor does both things that stock vLLM cannot: it reads so
 head in the very forward pass that emits a token, and then sets every row that is no token to -inf, before temperature
 and min-p and for greedy sampling too. A reading is filed under the number of output tokens so far; when a chunked
 prefill or a preempted request computes a position again, the later reading counts. How readings are kept is in
-`engines/reading.py`. A session drives the same engine a step at a time. What had to be learned about vLLM is
+`engines/taps.py`. A session drives the same engine a step at a time. What had to be learned about vLLM is
 noted where it matters.
 """
 
@@ -38,7 +38,6 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from ziprc.artifacts import read_json
 from ziprc.engines.base import (
     EngineSettings,
     OnTokens,
@@ -49,10 +48,11 @@ from ziprc.engines.base import (
     joint_of,
     own_dtype,
 )
-from ziprc.engines.reading import LiveReadout, Readout, TextRows
+from ziprc.engines.taps import LiveReadout, Readout, TextRows
 from ziprc.engines.watchdog import Watchdog
 from ziprc.errors import UserError
-from ziprc.schemas import FinishReason
+from ziprc.store.files import read_json
+from ziprc.tables.rollouts import FinishReason
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # CPU wheels have no Triton, and need none

@@ -1,1 +1,1 @@
-"""What the numbers mean: accuracy, calibration, honest competitors, and the pages that show them."""
+"""What do the numbers mean?"""

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ziprc.errors import UserError
-from ziprc.schemas import FinishReason, GradeStatus
+from ziprc.tables.grades import GradeStatus
+from ziprc.tables.rollouts import FinishReason
 
 MOMENTS: dict[str, float] = {"start": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "end": 1.0}
 

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ziprc.artifacts import CHECKPOINT_MANIFEST, atomic_folder, digest_file, read_sealed, write_sealed
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.vocabulary import VocabLayout, check_layout, generation_ids
+from ziprc.store.digests import digest_file
+from ziprc.store.files import atomic_folder
+from ziprc.store.layout import CHECKPOINT_MANIFEST
+from ziprc.store.manifest import read_sealed, write_sealed
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 

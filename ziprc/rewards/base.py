@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from ziprc.progress import progress
-from ziprc.schemas import GradeStatus
+from ziprc.tables.grades import GradeStatus
 
 RATIONALE_CHARACTERS = 500
 ITEMS_PER_CALL = 256  # between two updates of the progress bar

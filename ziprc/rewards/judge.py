@@ -18,7 +18,8 @@ from ziprc.engines.base import Engine, Request, Response
 from ziprc.errors import UserError
 from ziprc.progress import progress
 from ziprc.rewards.base import QUIET_S, RATIONALE_CHARACTERS, Grade, Question, graded, lacks_answer, ungraded
-from ziprc.schemas import FinishReason, GradeStatus
+from ziprc.tables.grades import GradeStatus
+from ziprc.tables.rollouts import FinishReason
 
 TAGS = ("question", "reference_answer", "candidate_answer")
 VERDICT = re.compile(r"(?:\*\*)?Verdict:(?:\*\*)? *(Yes|No)\.?(?:\*\*)?")

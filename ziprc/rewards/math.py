@@ -27,7 +27,7 @@ from typing import IO, Any
 from ziprc.chat import visible_answer
 from ziprc.rewards.base import Grade, Question, graded, lacks_answer, ungraded
 from ziprc.rewards.exact import canonical_text
-from ziprc.schemas import GradeStatus
+from ziprc.tables.grades import GradeStatus
 
 MEMORY_BYTES = 2 << 30  # address space of a child; SymPy and its parser need about 400 MiB
 START_S = 120.0  # imports on a machine that is busy with something else

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ziprc.sampling import baselines
-from ziprc.sampling.baselines import MAJORITY, Fixed, Reader
-from ziprc.sampling.calibration import Calibration, Fitted
+from ziprc.sampling.competitors import families
 from ziprc.sampling.controller import Policy
+from ziprc.sampling.fitting import Calibration, Fitted
+from ziprc.sampling.policies.base import MAJORITY, Reader
+from ziprc.sampling.policies.fixed import Fixed
+from ziprc.sampling.policies.utility import Horizons
+from ziprc.sampling.policies.zip_rc import JointCalibration, ZipRC
+from ziprc.sampling.policies.zip_rc_plus import FusedThreshold, ZipRCPlus
 from ziprc.sampling.replay import Pool
 from ziprc.sampling.score import HEAD_INPUTS, TOKEN_INPUTS
-from ziprc.sampling.utility import Horizons
-from ziprc.sampling.zip_rc import JointCalibration, ZipRC
-from ziprc.sampling.zip_rc_plus import FusedThreshold, ZipRCPlus
 
 PLUS, PUBLISHED = "zip-rc-plus", "zip-rc"
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -121,7 +122,7 @@ def ablations(fitted: Fitted, sweep: Sweep, pool: Pool, seed: int) -> Families:
 
 def competitors(fitted: Fitted, styles: int, lengths: NDArray[np.integer]) -> Families:
     """The baselines; `styles` is the number of style codes of the pool, `lengths` those of validation rollouts."""
-    found = baselines.families(fitted.grid, fitted.logprob, styles, lengths)
+    found = families(fitted.grid, fitted.logprob, styles, lengths)
     return {name: [Setting(policy) for policy in policies] for name, policies in found.items()}
 
 

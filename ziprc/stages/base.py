@@ -11,16 +11,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import CHECKPOINT_MANIFEST, atomic_folder, derived_seed, digest_file, write_sealed
-from ziprc.config import params_of
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_tokenizer, save_checkpoint
 from ziprc.stages.context import Context, is_main_process, run_stage
+from ziprc.store.digests import derived_seed, digest_file
+from ziprc.store.files import atomic_folder
+from ziprc.store.layout import CHECKPOINT_MANIFEST
+from ziprc.store.manifest import write_sealed
+from ziprc.systems.names import params_of
 from ziprc.tasks.base import TeachingTask, get_task
-from ziprc.training.heads import LanguageTrainee
 from ziprc.training.optimizers import OptimizerSettings
-from ziprc.training.packing import MicroBatches, plan_by_tokens
+from ziprc.training.order import MicroBatches, plan_by_tokens
 from ziprc.training.scratch import build_model, build_tokenizer, traces_for
+from ziprc.training.trainees import LanguageTrainee
 from ziprc.training.trainer import fit, forget_states, state_folder, world_size
 
 WANTED_FILES = [

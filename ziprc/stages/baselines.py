@@ -13,19 +13,21 @@ import numpy as np
 import pyarrow as pa
 from transformers import GenerationConfig, PreTrainedModel
 
-from ziprc.artifacts import derived_seed
-from ziprc.config import Config
-from ziprc.evaluation.logits import TokenScores, token_scores
-from ziprc.evaluation.metrics import Predictions
+from ziprc.config.load import Config
+from ziprc.evaluation.head.metrics import Predictions
+from ziprc.evaluation.head.probes import MomentData, ProbeSettings, all_predictions, collect
 from ziprc.evaluation.outcomes import join_outcomes, moment_positions, response_lengths
-from ziprc.evaluation.probes import MomentData, ProbeSettings, all_predictions, collect
-from ziprc.evaluation.states import load_for_reading, token_pairs
 from ziprc.joint.checkpoint import load_tokenizer
 from ziprc.joint.vocabulary import generation_ids
-from ziprc.plan import parents_of
 from ziprc.progress import progress
-from ziprc.schemas import make_table, read_table, write_table
+from ziprc.reading.logits import TokenScores, token_scores
+from ziprc.reading.states import load_for_reading, token_pairs
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.digests import derived_seed
+from ziprc.systems.artifacts import parents_of
+from ziprc.tables.baselines import BASELINES
+from ziprc.tables.grades import GRADES
+from ziprc.tables.rollouts import ROLLOUTS
 
 TORCH_SEEDS = 2**32
 
@@ -54,14 +56,13 @@ def moment_data(model: PreTrainedModel, rows: int, rollouts: pa.Table, config: C
 def prediction_table(ids: pa.Array, predictions: Predictions) -> pa.Table:
     """One row per rollout, predictor and moment."""
     return pa.concat_tables(
-        make_table(
-            "baselines",
+        BASELINES.make(
             {
                 "rollout_id": ids,
                 "predictor": pa.repeat(predictor, len(ids)),
                 "moment": pa.repeat(moment, len(ids)),
                 "expected_reward": np.clip(values, 0.0, 1.0).astype(np.float32),
-            },
+            }
         )
         for (predictor, moment), values in predictions.items()
     )
@@ -71,8 +72,8 @@ def run(context: Context) -> str:
     config, layout = context.config, context.layout
     target, sources = layout.table("baselines", context.name), parents_of(config, layout, "baselines", context.name)
     base = sources["base"]
-    rollouts, test = (read_table(sources[split], "rollouts") for split in ("train", "test"))
-    known = join_outcomes(rollouts, read_table(sources["grades"], "grades"), str(sources["grades"]))
+    rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
+    known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))
     model, rows = load_for_reading(base), text_rows(base)
     seen = moment_data(model, rows, rollouts.take(pa.array(known.rows)), config)
     asked = moment_data(model, rows, test, config)
@@ -80,7 +81,7 @@ def run(context: Context) -> str:
     settings = ProbeSettings(config.baselines.probe_hidden, config.baselines.probe_epochs, seed)
     predictions = all_predictions(seen, known.score, known.group, asked, settings)
     table = prediction_table(test["rollout_id"].combine_chunks(), predictions)
-    write_table(target, "baselines", table)
+    BASELINES.write(target, table)
     context.write_manifest("baselines")
     return f"wrote {table.num_rows} predictions for {test.num_rows} rollouts to {target}"
 

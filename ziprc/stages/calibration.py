@@ -6,11 +6,12 @@ calibrated joint, and the log-probability logistic of the baselines.
 
 from __future__ import annotations
 
-from ziprc.artifacts import derived_seed, write_json
-from ziprc.evaluation.pools import read_pool
-from ziprc.plan import calibration_file
-from ziprc.sampling.calibration import Fitted
+from ziprc.evaluation.samplers.pools import read_pool
+from ziprc.sampling.fitting import Fitted
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.digests import derived_seed
+from ziprc.store.files import write_json
+from ziprc.systems.artifacts import calibration_file
 
 NUMPY_SEEDS = 2**32
 

@@ -20,18 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import (
-    Layout,
-    disk_errors_explained,
-    manifest_of,
-    output_lock,
-    require_intact,
-    write_manifest,
-)
-from ziprc.config import Config, load, params_of
+from ziprc.config.load import Config, load
 from ziprc.errors import UserError
-from ziprc.plan import parents_of, target_of
-from ziprc.provenance import Clock, is_current, recipe_of, write_record
+from ziprc.plan.provenance import Clock, is_current, recipe_of, write_record
+from ziprc.store.files import disk_errors_explained, output_lock
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.store.manifest import require_intact, write_manifest
+from ziprc.systems.artifacts import parents_of, target_of
+from ziprc.systems.names import params_of
 
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM

@@ -6,9 +6,9 @@ at the start, 25, 50, 75 % and the end; at the end a joint head's expected rewar
 
 from __future__ import annotations
 
-from ziprc.artifacts import write_json
-from ziprc.evaluation.experiment import Evaluation
+from ziprc.evaluation.head.record import Evaluation
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.files import write_json
 
 
 def run(context: Context) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ziprc.artifacts import derived_seed, write_json
-from ziprc.evaluation.pools import read_pool
-from ziprc.evaluation.sampling_record import sampling_record
-from ziprc.sampling.calibration import read_fitted
+from ziprc.evaluation.samplers.pools import read_pool
+from ziprc.evaluation.samplers.record import sampling_record
+from ziprc.sampling.fitting import read_fitted
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.digests import derived_seed
+from ziprc.store.files import write_json
 
 NUMPY_SEEDS = 2**31
 

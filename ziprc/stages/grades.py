@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ziprc.chat import visible_answer
-from ziprc.config import Config, Judge, Sampling, prompts_of
+from ziprc.config.base import Sampling
+from ziprc.config.load import Config
+from ziprc.config.shared import Judge
 from ziprc.engines.base import make_engine, settings_for
 from ziprc.errors import UserError
 from ziprc.rewards.base import Decision, Grade, Grader, Question, decide, lacks_answer, ungraded
@@ -23,8 +25,11 @@ from ziprc.rewards.countdown import CountdownGrader
 from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, check_unparseable
 from ziprc.rewards.math import MathGrader
-from ziprc.schemas import FinishReason, GradeStatus, make_table, read_table, write_table
 from ziprc.stages.context import Context, run_stage
+from ziprc.systems.names import prompts_of
+from ziprc.tables.grades import GRADES, GradeStatus
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 MOST_WORKERS = 8
 NAMED_PROMPTS = 5
@@ -157,12 +162,12 @@ def run(context: Context) -> str:
     source = layout.table("prompts", prompts_of(context.name))
     facts, target = layout.table("rollouts", context.name), layout.table("grades", context.name)
 
-    prompts = {row["prompt_id"]: row for row in read_table(source, "prompts").to_pylist()}
+    prompts = {row["prompt_id"]: row for row in PROMPTS.read(source).to_pylist()}
     wanted = ["rollout_id", "prompt_id", "response_text", "finish_reason"]
-    rollouts = read_table(facts, "rollouts").select(wanted).to_pylist()
+    rollouts = ROLLOUTS.read(facts).select(wanted).to_pylist()
     check_prompts(rollouts, prompts, source)
     grades = grade(config, rollouts, {r["prompt_id"]: prompts[r["prompt_id"]] for r in rollouts}, source)
-    write_table(target, "grades", make_table("grades", grades))
+    GRADES.write(target, GRADES.make(grades))
     context.write_manifest("grades")
     return f"wrote {len(grades)} grades to {target}: {summary(grades)}"
 

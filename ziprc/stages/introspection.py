@@ -6,12 +6,12 @@ the pool of that name with the head that sampled it: what an adaptive sampler wo
 
 from __future__ import annotations
 
-from ziprc.artifacts import require_space
-from ziprc.config import introspected
 from ziprc.evaluation.outcomes import response_lengths
-from ziprc.evaluation.states import JointReader, write_states
-from ziprc.schemas import read_table
+from ziprc.reading.states import JointReader, write_states
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.files import require_space
+from ziprc.systems.names import introspected
+from ziprc.tables.rollouts import ROLLOUTS
 
 SCALAR_BYTES = 20  # five numbers beside the joint
 
@@ -21,7 +21,7 @@ def run(context: Context) -> str:
     target = layout.table("introspection", context.name)
     pool, head = introspected(context.name)
     source, checkpoint = layout.table("rollouts", pool), layout.checkpoint(head)
-    rollouts = read_table(source, "rollouts")
+    rollouts = ROLLOUTS.read(source)
     reader = JointReader.open(checkpoint, config.introspection.dtype)
     per_state = 2 * reader.joint.grid.size + SCALAR_BYTES
     require_space(target.parent, int(response_lengths(rollouts).sum()) * per_state)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 
-from ziprc.config import params_of
-from ziprc.schemas import make_table, write_table
 from ziprc.stages.context import Context, run_stage
+from ziprc.systems.names import params_of
+from ziprc.tables.prompts import PROMPTS
 from ziprc.tasks.base import get_task
 
 
@@ -18,7 +18,7 @@ def run(context: Context) -> str:
     target = context.layout.table("prompts", context.name)
     prompts = get_task(params["task"]).prompts(params["settings"], context.name, params["count"], params["seed"])
     rows = [{**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra, sort_keys=True)} for p in prompts]
-    write_table(target, "prompts", make_table("prompts", rows))
+    PROMPTS.write(target, PROMPTS.make(rows))
     context.write_manifest("prompts")
     return f"wrote {len(rows)} prompts to {target}"
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ziprc.artifacts import read_json, write_text
-from ziprc.config import Evaluate
-from ziprc.evaluation.dag import read_graph
-from ziprc.evaluation.decisions import live_record
-from ziprc.evaluation.inspection import load_rollouts
-from ziprc.evaluation.report import Page, read_costs, render
-from ziprc.schemas import read_table
+from ziprc.config.shared import Evaluate
+from ziprc.evaluation.samplers.decisions import live_record
+from ziprc.pages.dag import read_graph
+from ziprc.pages.inspect import load_rollouts
+from ziprc.pages.report import Page, read_costs, render
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.files import read_json, write_text
+from ziprc.tables.samples import SAMPLES
 
 
 def live(samples: Path, own: Evaluate) -> dict[str, Any]:
     """What a live run showed, by budget; its wall-clock times, where they lie beside the table, are no artifact."""
     timing = samples.with_suffix(".timing.json")
     times = read_json(timing) if timing.exists() else {}
-    return live_record(read_table(samples, "samples"), times, own.bootstrap, own.confidence)
+    return live_record(SAMPLES.read(samples), times, own.bootstrap, own.confidence)
 
 
 def run(context: Context) -> str:

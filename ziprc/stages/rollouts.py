@@ -18,22 +18,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ziprc.artifacts import (
-    derived_seed,
-    digest_file,
-    digest_json,
-    manifest_digests,
-    require_space,
-)
 from ziprc.chat import prompt_token_ids
-from ziprc.config import POOLS, Config, head_names, params_of, policy_of, prompts_of
+from ziprc.config.load import Config
 from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
 from ziprc.errors import UserError, nearest
 from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
-from ziprc.plan import parents_of
-from ziprc.schemas import FinishReason, read_table, write_table
 from ziprc.stages.context import Context, run_stage
+from ziprc.store.digests import derived_seed, digest_file, digest_json
+from ziprc.store.files import require_space
+from ziprc.store.manifest import manifest_digests
+from ziprc.systems.artifacts import parents_of
+from ziprc.systems.names import POOLS, head_names, params_of, policy_of, prompts_of
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 Samples = tuple[tuple[bool, int], ...]  # (with thinking?, how many)
 
@@ -111,7 +109,7 @@ def run(context: Context) -> str:
     policy, source = layout.checkpoint(plan.policy), layout.table("prompts", plan.prompts)
     target, params = layout.table("rollouts", context.name), params_of(config, "rollouts", context.name)
 
-    prompts = read_table(source, "prompts").slice(0, plan.limit).to_pylist()
+    prompts = PROMPTS.read(source).slice(0, plan.limit).to_pylist()
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
     tokenizer = load_tokenizer(policy)
     wanted = [list(wanted_of(prompt, plan, tokenizer, config.seed)) for prompt in prompts]
@@ -132,9 +130,9 @@ def run(context: Context) -> str:
         plan.policy,
         config.rollouts.max_new_tokens,
     )
-    table = pa.concat_tables(read_table(shard.path, "rollouts") for shard in shards)
+    table = pa.concat_tables(ROLLOUTS.read(shard.path) for shard in shards)
     metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
-    write_table(target, "rollouts", table, metadata)
+    ROLLOUTS.write(target, table, metadata)
     context.write_manifest("rollouts")
     shutil.rmtree(work)
     return _closing_line(table, target)

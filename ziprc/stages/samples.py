@@ -11,49 +11,35 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from ziprc.artifacts import derived_seed, read_json, write_json
-from ziprc.chat import prompt_token_ids, visible_answer
-from ziprc.config import Config
-from ziprc.engines.base import Engine, make_engine, settings_for
+from ziprc.chat import visible_answer
+from ziprc.config.load import Config
+from ziprc.engines.base import Engine
 from ziprc.errors import UserError, nearest
-from ziprc.evaluation.decisions import Asked, decision_table
+from ziprc.evaluation.samplers.decisions import Asked, decision_table
 from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
 from ziprc.progress import progress
 from ziprc.rewards.base import Question as Graded
-from ziprc.sampling.calibration import Fitted, read_fitted
-from ziprc.sampling.controller import Budget, Controller
+from ziprc.sampling.controller import Controller
 from ziprc.sampling.families import Setting, live_policies, live_setting
-from ziprc.sampling.live import Answered, Question, Runner, Timing
-from ziprc.schemas import FinishReason, read_table, write_table
+from ziprc.sampling.fitting import Fitted, read_fitted
+from ziprc.sampling.live.bench import AnswerBook, budget_of, open_engine, questions_of
+from ziprc.sampling.live.records import Answered, Question, Timing
+from ziprc.sampling.live.runner import Runner
 from ziprc.stages.context import Context, run_stage
 from ziprc.stages.grades import rule_grader
+from ziprc.store.files import read_json, write_json
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import FinishReason
+from ziprc.tables.samples import SAMPLES
 from ziprc.tasks.base import get_task
 
-UNLIMITED = 1 << 30
 Row = dict[str, Any]
-
-
-class AnswerBook:
-    """Numbers the canonical answers of every prompt, and remembers their texts."""
-
-    def __init__(self, task: Any, tokenizer: Any, stops: Sequence[int]) -> None:
-        self.task, self.tokenizer, self.stops = task, tokenizer, frozenset(stops)
-        self.numbers: dict[tuple[int, str], int] = {}
-
-    def text(self, token_ids: Sequence[int]) -> str:
-        """A response without its stop token, special tokens kept."""
-        kept = token_ids[:-1] if token_ids and token_ids[-1] in self.stops else token_ids
-        return self.tokenizer.decode(list(kept), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def __call__(self, prompt: int, token_ids: Sequence[int]) -> int | None:
-        found = self.task.canonical_answer(self.text(token_ids))
-        return None if found is None else self.numbers.setdefault((prompt, found), len(self.numbers))
 
 
 @dataclass(frozen=True)
@@ -62,19 +48,6 @@ class Run:
 
     answers: list[Answered]
     timing: Timing
-
-
-def questions_of(prompts: Sequence[Row], tokenizer: Any, config: Config) -> list[Question]:
-    """Prompts as the live runner takes them."""
-    thinking = config.rollouts.test_thinking
-    return [
-        Question(
-            p["prompt_id"],
-            tuple(prompt_token_ids(tokenizer, p["messages"], thinking)),
-            derived_seed(config.seed, "samples", p["prompt_id"]),
-        )
-        for p in prompts
-    ]
 
 
 @dataclass(frozen=True)
@@ -145,22 +118,6 @@ def _graded(prompt: Row, text: str) -> Graded:
     return Graded(tuple(prompt["messages"]), text, prompt["answer"], json.loads(prompt["extra"]))
 
 
-def budget_of(config: Config, setting: Setting) -> Budget:
-    """The hard limits of a prompt; UserError when they leave no room for one decision."""
-    own = config.samples
-    return Budget(own.branches, own.max_tokens or UNLIMITED, own.max_latency or UNLIMITED, setting.interval)
-
-
-@contextlib.contextmanager
-def open_engine(config: Config, folder: Any, tokenizer: Any) -> Iterator[Engine]:
-    """The engine of the rollouts, reading the joint."""
-    own, machine = config.rollouts, config.runtime
-    settings = settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel)
-    engine = make_engine(own.engine, replace(settings, joint=read_joint_head(folder)))
-    with contextlib.closing(engine):
-        yield engine
-
-
 def setting_for(name: str, budget: float, frontier: dict[str, Any], fitted: Fitted) -> Setting:
     """What the policy `name` does with a budget; UserError naming the known ones."""
     if name not in live_policies():
@@ -176,14 +133,14 @@ def run(context: Context) -> str:
     settings = {budget: setting_for(name, budget, frontier, fitted) for budget in budgets}
     for setting in settings.values():
         budget_of(config, setting)
-    prompts = read_table(layout.table("prompts", "test"), "prompts").slice(0, config.samples.prompts).to_pylist()
+    prompts = PROMPTS.read(layout.table("prompts", "test")).slice(0, config.samples.prompts).to_pylist()
     tokenizer = load_tokenizer(folder)
     questions = questions_of(prompts, tokenizer, config)
     with open_engine(config, folder, tokenizer) as engine:
         bench = Bench(engine, questions, prompts, config, tokenizer)
         done = {f"{b:g}": bench.at_budget(setting, f"{b:g}", f"samples {name}") for b, setting in settings.items()}
     table = pa.concat_tables(table for table, _ in done.values())
-    write_table(target, "samples", table)
+    SAMPLES.write(target, table)
     write_json(target.with_suffix(".timing.json"), {budget: times for budget, (_, times) in done.items()})
     context.write_manifest("samples")
     return f"answered {len(questions)} prompts at {len(settings)} budgets, {table.num_rows} rows, wrote {target}"

@@ -11,17 +11,22 @@ import pyarrow as pa
 import torch
 from transformers import AutoConfig
 
-from ziprc.artifacts import derived_seed, manifest_digests
-from ziprc.config import head_of, head_params
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_manifest, save_checkpoint
 from ziprc.joint.vocabulary import derive_layout
-from ziprc.plan import parents_of
-from ziprc.schemas import read_table
 from ziprc.stages.context import Context, is_main_process, run_stage
-from ziprc.training.heads import freeze, joint_objective, joint_trainee
+from ziprc.store.digests import derived_seed
+from ziprc.store.manifest import manifest_digests
+from ziprc.systems.artifacts import parents_of
+from ziprc.systems.names import head_of, head_params
+from ziprc.tables.check import TEXT
+from ziprc.tables.grades import GRADES
+from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tables.values import VALUES
+from ziprc.training.data import RolloutData, prompt_fold, rollout_data
 from ziprc.training.optimizers import OptimizerSettings
-from ziprc.training.packing import MicroBatches, RolloutData, plan_by_count, prompt_fold, rollout_data
+from ziprc.training.order import MicroBatches, plan_by_count
+from ziprc.training.trainees import freeze, joint_objective, joint_trainee
 from ziprc.training.trainer import fit, forget_states, state_folder, world_size
 
 
@@ -31,7 +36,7 @@ def outside_fold(rollouts: pa.Table, name: str, folds: int) -> pa.Table:
     if not fold:
         return rollouts
     prompts = rollouts["prompt_id"].unique().to_pylist()
-    wanted = pa.array([p for p in prompts if prompt_fold(p, folds) != int(number)], pa.string())
+    wanted = pa.array([p for p in prompts if prompt_fold(p, folds) != int(number)], TEXT)
     return rollouts.filter(pa.compute.is_in(rollouts["prompt_id"], value_set=wanted))
 
 
@@ -50,8 +55,10 @@ def run(context: Context) -> str:
     rows = model.get_output_embeddings().weight.shape[0]
     joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
 
-    rollouts = outside_fold(read_table(sources["rollouts"], "rollouts"), name, config.values.folds)
-    data = rollout_data(rollouts, read_table(sources[labels], labels), head, grid, section.thinking_only)
+    rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), name, config.values.folds)
+    data = rollout_data(
+        rollouts, {"grades": GRADES, "values": VALUES}[labels].read(sources[labels]), head, grid, section.thinking_only
+    )
     plan = plan_by_count(
         data.input_lengths(),
         head.batch_size,

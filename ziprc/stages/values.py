@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ziprc.config import critics
-from ziprc.evaluation.states import JointReader, pieces, token_pairs
 from ziprc.joint.distribution import JointDistribution
 from ziprc.progress import progress
-from ziprc.schemas import make_table, read_table, write_table
+from ziprc.reading.states import JointReader, pieces, token_pairs
 from ziprc.stages.context import Context, run_stage
-from ziprc.training.packing import prompt_fold
+from ziprc.systems.names import critics
+from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tables.values import VALUES
+from ziprc.training.data import prompt_fold
 
 
 def score_rollouts(reader: JointReader, rollouts: pa.Table, last_k: int, token_budget: int) -> NDArray[np.float64]:
@@ -36,7 +37,7 @@ def score_rollouts(reader: JointReader, rollouts: pa.Table, last_k: int, token_b
 def run(context: Context) -> str:
     config, layout = context.config, context.layout
     target, source = layout.table("values", context.name), layout.table("rollouts", context.name)
-    rollouts = read_table(source, "rollouts")
+    rollouts = ROLLOUTS.read(source)
     names = critics(config)
     cross_fitted = context.name == "train"
     fold = np.full(rollouts.num_rows, -1, dtype=np.int32)
@@ -58,7 +59,7 @@ def run(context: Context) -> str:
         "fold": fold,
         "value": np.clip(value, 0.0, 1.0).astype(np.float32),
     }
-    write_table(target, "values", make_table("values", columns))
+    VALUES.write(target, VALUES.make(columns))
     context.write_manifest("values")
     return f"wrote {len(value)} values, mean {value.mean():.3f}, to {target}"
 

@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ziprc.chat import CHATML_TEMPLATE, THINK_END
-from ziprc.config import Architecture
+from ziprc.config.shared import Architecture
 from ziprc.errors import UserError
 from ziprc.tasks.base import TeachingTask
-from ziprc.training.packing import TextData, sequences_from_lists
+from ziprc.training.data import TextData, sequences_from_lists
 
 STOP, PAD, START, THINK = "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<think>"
 BYTES = 256

@@ -4,7 +4,7 @@ What the Trainer gives: devices, DDP and FSDP through accelerate, accumulation, 
 training states. What is ours, each in a few lines below:
 
 * the loss is a sum divided by the labelled positions of the *global* batch, over accumulation and devices;
-* the order of data is fixed beforehand (`packing.Plan`) and read in sequence, so a resumed run is bit-identical;
+* the order of data is fixed beforehand (`order.Plan`) and read in sequence, so a resumed run is bit-identical;
 * warm-up from the first step, and a schedule that knows the number of steps;
 * a non-finite loss or gradient stops before the step and names the rollouts;
 * a training state counts only once it is complete; only the last one is kept; SIGTERM saves one and leaves.
@@ -33,12 +33,14 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ziprc.artifacts import digest_file, digest_json, read_sealed, sync_file, write_sealed
-from ziprc.config import Runtime
+from ziprc.config.base import Runtime
 from ziprc.errors import UserError
-from ziprc.training.heads import Trainee
+from ziprc.store.digests import digest_file, digest_json
+from ziprc.store.files import sync_file
+from ziprc.store.manifest import read_sealed, write_sealed
 from ziprc.training.optimizers import OptimizerSettings, make_optimizer, make_schedule
-from ziprc.training.packing import MicroBatches, only_item
+from ziprc.training.order import MicroBatches, only_item
+from ziprc.training.trainees import Trainee
 
 COMPLETE = "complete.json"  # of a training state, written last: its files and their digests
 SECONDS_BETWEEN_LINES = 10.0

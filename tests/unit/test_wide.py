@@ -1,0 +1,116 @@
+"""Our tables and the wide table of the original systems say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.doubles import TABLES, tiny_tables
+from ziprc.errors import UserError
+from ziprc.integrations.wide import export_wide, import_wide
+from ziprc.store.layout import Layout, manifest_of
+from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tables.values import VALUES
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    layout = Layout(tmp_path, "tiny")
+    tiny_tables(layout, "train", prompts=5, samples=3, unfinished=0.3)
+    ids = ROLLOUTS.read(layout.table("rollouts", "train"))["rollout_id"].to_pylist()
+    rows = [{"rollout_id": r, "critic": "c", "fold": 0, "value": i / len(ids)} for i, r in enumerate(ids)]
+    VALUES.write(layout.table("values", "train"), VALUES.make(rows[:-1]))
+    return layout
+
+
+@pytest.fixture
+def wide(layout: Layout, tmp_path: Path) -> Path:
+    assert export_wide(layout, "train", tmp_path / "wide.parquet") == 15
+    return tmp_path / "wide.parquet"
+
+
+def without(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in names} for row in rows]
+
+
+def test_the_columns_have_the_dtypes_of_the_original(wide: Path) -> None:
+    types = {field.name: str(field.type) for field in pq.read_schema(wide)}
+    assert types["prompt_idx"] == types["length"] == "int64" and types["value"] == "double"
+    assert types["input_ids"] == types["label_positions"] == "list<element: int64>"
+    assert types["correct"] == types["finished"] == types["reasoning_enabled"] == "bool"
+
+
+def test_a_round_trip_keeps_every_fact(layout: Layout, wide: Path, tmp_path: Path) -> None:
+    other = Layout(tmp_path, "other")
+    assert import_wide(wide, other, "train") == 15
+    for kind, lost in (
+        ("prompts", ("prompt_id", "task", "source", "difficulty")),
+        ("rollouts", ("prompt_id", "rollout_id", "seed")),
+        ("grades", ("rollout_id", "grader")),
+        ("values", ("rollout_id", "critic")),
+    ):
+        ours, theirs = (TABLES[kind].read(home.table(kind, "train")).to_pylist() for home in (layout, other))
+        assert without(ours, *lost) == without(theirs, *lost), kind
+        assert manifest_of(other.table(kind, "train")).exists()
+    export_wide(other, "train", tmp_path / "again.parquet")
+    assert pq.read_table(tmp_path / "again.parquet").equals(pq.read_table(wide))
+
+
+def test_the_narrowest_file_is_enough(wide: Path, tmp_path: Path) -> None:
+    table = pq.read_table(wide).drop_columns(["input_ids", "label_positions", "length", "model_id", "correct", "value"])
+    pq.write_table(table, wide)
+    import_wide(wide, Layout(tmp_path, "other"), "test")
+    assert not Layout(tmp_path, "other").table("grades", "test").exists()
+
+
+def changed(path: Path, column: str, row: int, value: Any) -> None:
+    table = pq.read_table(path)
+    content = table[column].to_pylist()
+    content[row] = value
+    array = pa.array(content, type=table.schema.field(column).type)
+    pq.write_table(table.set_column(table.column_names.index(column), column, array), path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "why"),
+    [
+        ("prompt", None, "null is not allowed"),
+        ("output_token_ids", [], "at least one token"),
+        ("prompt_token_ids", [-1], "a token id"),
+        ("length", 1, "does not agree"),
+        ("input_ids", [1], "does not agree"),
+        ("value", float("nan"), "found nan"),
+        ("value", 1.5, r"expected a number in \[0, 1\]"),
+    ],
+)
+def test_a_bad_row_names_file_column_and_row(wide: Path, tmp_path: Path, column: str, value: Any, why: str) -> None:
+    changed(wide, column, 2, value)
+    with pytest.raises(UserError, match=rf"wide\.parquet: column '{column}', row 2: .*{why}"):
+        import_wide(wide, Layout(tmp_path, "other"), "train")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_file_of_another_shape_names_the_column(wide: Path, tmp_path: Path) -> None:
+    table = pq.read_table(wide)
+    pq.write_table(table.drop_columns(["finished"]), wide)
+    with pytest.raises(UserError, match="column 'finished' is missing"):
+        import_wide(wide, Layout(tmp_path, "other"), "train")
+    words = pa.array(["x"] * table.num_rows)
+    pq.write_table(table.set_column(table.column_names.index("length"), "length", words), wide)
+    with pytest.raises(UserError, match="column 'length' has type string, expected int64"):
+        import_wide(wide, Layout(tmp_path, "other"), "train")
+
+
+def test_tables_that_exist_are_not_overwritten(layout: Layout, wide: Path) -> None:
+    with pytest.raises(UserError, match="never edited"):
+        import_wide(wide, layout, "train")
+
+
+def test_a_truncated_file_is_refused(wide: Path, tmp_path: Path) -> None:
+    wide.write_bytes(wide.read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        import_wide(wide, Layout(tmp_path, "other"), "train")

@@ -1,0 +1,1 @@
+"""The study of the head: what it predicts, and how well."""

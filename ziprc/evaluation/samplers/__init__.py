@@ -1,0 +1,1 @@
+"""The study of samplers: accuracy against tokens, by replay and live."""

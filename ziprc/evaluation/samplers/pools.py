@@ -1,0 +1,101 @@
+"""The recorded rollouts of a split with their grades and readings, as the pool that replays draw from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ziprc.config.load import Config
+from ziprc.errors import UserError
+from ziprc.evaluation.outcomes import column, join_outcomes, response_lengths
+from ziprc.joint.bins import BinGrid
+from ziprc.joint.checkpoint import read_joint_head
+from ziprc.reading.states import read_all
+from ziprc.sampling.replay import Pool, track
+from ziprc.store.layout import Layout
+from ziprc.systems.names import introspected, prompts_of
+from ziprc.tables.grades import GRADES
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tasks.base import get_task
+
+NO_STYLE = -1.0
+
+
+@dataclass(frozen=True)
+class RecordedPool:
+    """A pool and who is in it: prompt ids and difficulties [N], names of the style codes."""
+
+    pool: Pool
+    grid: BinGrid
+    prompt_ids: list[str]
+    difficulty: NDArray[np.str_]
+    styles: list[str]
+
+
+def read_pool(config: Config, layout: Layout, name: str) -> RecordedPool:
+    """The pool `name` (config.POOLS). A rollout without a score that did finish makes its prompt unusable: left out."""
+    rollouts = ROLLOUTS.read(layout.table("rollouts", name))
+    rollouts = rollouts.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
+    grades = layout.table("grades", name)
+    outcomes = join_outcomes(rollouts, GRADES.read(grades), str(grades))
+    samples = int(column(rollouts, "sample_index").max()) + 1
+    kept = rollouts.take(pa.array(_whole_prompts(outcomes.rows, rollouts.num_rows, samples)))
+    if not kept.num_rows:
+        raise UserError(
+            f"{grades}: no prompt has a score for each of its {samples} rollouts. Look at the status column."
+        )
+    score = np.full(rollouts.num_rows, np.nan)
+    score[outcomes.rows] = outcomes.score
+    score = score[_whole_prompts(outcomes.rows, rollouts.num_rows, samples)]
+    grid = read_joint_head(layout.checkpoint(introspected(name)[1])).grid
+    length = response_lengths(kept)
+    found = read_all(layout.table("introspection", name), kept["rollout_id"].combine_chunks(), length, grid.size)
+    finished = np.asarray([r == "stop" for r in kept["finish_reason"].to_pylist()])
+    answer, style, styles = _texts(config, kept, finished)
+    before = np.concatenate([[0.0], found.log_prob[:-1]]).astype(np.float32)
+    before[found.start] = 0.0  # the reading of a state knows the token before it
+    seen = track(length.astype(np.int32), before, found.entropy)
+    prompt_ids = kept["prompt_id"].to_pylist()[::samples]
+    prompts = PROMPTS.read(layout.table("prompts", prompts_of(name)))
+    cell = dict(zip(prompts["prompt_id"].to_pylist(), prompts["difficulty"].to_pylist(), strict=True))
+    shape = (-1, samples)
+    pool = Pool(
+        length=length.astype(np.int32).reshape(shape),
+        finished=finished.reshape(shape),
+        answer=answer.reshape(shape),
+        score=score.astype(np.float32).reshape(shape),
+        prompt_tokens=np.array([len(ids) for ids in kept["prompt_token_ids"].to_pylist()[::samples]], np.int32),
+        joint=found.joint,
+        features=np.concatenate([seen, np.repeat(style, length)[:, None]], -1),
+    )
+    return RecordedPool(pool, grid, prompt_ids, np.array([cell[p] for p in prompt_ids]), styles)
+
+
+def _whole_prompts(graded: NDArray[np.int64], rows: int, samples: int) -> NDArray[np.int64]:
+    """Rows of the prompts all of whose rollouts are graded; rows are sorted by prompt."""
+    known = np.zeros(rows, bool)
+    known[graded] = True
+    return np.flatnonzero(np.repeat(known.reshape(-1, samples).all(-1), samples))
+
+
+def _texts(
+    config: Config, rollouts: pa.Table, finished: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], NDArray[np.float32], list[str]]:
+    """Numbers of the canonical answers within each prompt, style codes, and the names of the styles."""
+    task = get_task(config.prompts.task)
+    style_of = getattr(task, "style_of", lambda _: None)
+    texts, prompts = rollouts["response_text"].to_pylist(), rollouts["prompt_id"].to_pylist()
+    numbers: dict[tuple[str, str], int] = {}
+    answer = np.full(len(texts), -1, np.int32)
+    for i in np.flatnonzero(finished).tolist():
+        found = task.canonical_answer(texts[i])
+        if found is not None:
+            answer[i] = numbers.setdefault((prompts[i], found), len(numbers))
+    names = [style_of(text) for text in texts]
+    styles = sorted({name for name in names if name})
+    code = np.array([styles.index(name) if name else NO_STYLE for name in names], np.float32)
+    return answer, code, styles

@@ -1,0 +1,238 @@
+"""The wide table of the original ZIP-RC scripts: written from our tables, and read into them.
+
+The original keeps one parquet file in which every stage adds a column; ours are narrow tables that join on
+`rollout_id`. Column names and dtypes are those of the original. What it cannot say is lost on the way out: scores
+between 0 and 1 (`correct` is score ≥ 0.5), why a response has no grade (an unfinished one is `False`, as there; any
+other is null), and seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ziprc.errors import UserError
+from ziprc.store.digests import digest_file, digest_json
+from ziprc.store.files import atomic_path, output_lock
+from ziprc.store.layout import Layout
+from ziprc.store.manifest import write_manifest
+from ziprc.tables.check import TableSchema
+from ziprc.tables.grades import GRADES, GradeStatus
+from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
+from ziprc.tables.values import VALUES
+from ziprc.tasks.base import prompt_id
+
+TASK = "imported"
+SCHEMAS = {schema.name: schema for schema in (PROMPTS, ROLLOUTS, GRADES, VALUES)}
+ID_LENGTH = 24
+RIGHT_FROM = 0.5
+
+WIDE = pa.schema(
+    [
+        pa.field("prompt_idx", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("output_token_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("input_ids", pa.list_(pa.int64()), nullable=False),
+        pa.field("label_positions", pa.list_(pa.int64()), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("finished", pa.bool_(), nullable=False),
+        pa.field("reasoning_enabled", pa.bool_(), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+    ]
+)
+CORRECT = pa.field("correct", pa.bool_())
+VALUE = pa.field("value", pa.float64())
+DERIVED = {"input_ids", "label_positions", "length", "model_id"}  # may be absent from a file that is read
+
+Row = dict[str, Any]
+
+
+# --- out ---------------------------------------------------------------------------------------------------------
+
+
+def export_wide(layout: Layout, name: str, target: Path) -> int:
+    """Join prompts, rollouts and, where they exist, grades and values of `name`; the number of rows."""
+    source = layout.table("prompts", "train" if name == "train" else "test")
+    asked = PROMPTS.read(source).to_pylist()
+    prompts = {row["prompt_id"]: (index, row) for index, row in enumerate(asked)}
+    grades, values = _by_rollout(layout, GRADES, name), _by_rollout(layout, VALUES, name)
+    rollouts = ROLLOUTS.read(layout.table("rollouts", name)).to_pylist()
+    if absent := {row["prompt_id"] for row in rollouts} - set(prompts):
+        raise UserError(f"{source}: column 'prompt_id': {min(absent)} of the rollouts is missing.")
+    rows = [_wide_row(row, *prompts[row["prompt_id"]]) for row in rollouts]
+    schema = WIDE
+    if grades is not None:
+        schema = schema.append(CORRECT)
+        rows = [{**w, "correct": _correct(grades.get(r["rollout_id"]))} for w, r in zip(rows, rollouts, strict=True)]
+    if values is not None:
+        schema = schema.append(VALUE)
+        found = [values.get(r["rollout_id"], {}).get("value") for r in rollouts]
+        rows = [{**w, "value": value} for w, value in zip(rows, found, strict=True)]
+    with atomic_path(target) as private:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), private, compression="zstd")
+    return len(rows)
+
+
+def _by_rollout(layout: Layout, schema: TableSchema, name: str) -> dict[str, Row] | None:
+    path = layout.table(schema.name, name)
+    return {row["rollout_id"]: row for row in schema.read(path).to_pylist()} if path.exists() else None
+
+
+def _correct(grade: Mapping[str, Any] | None) -> bool | None:
+    if grade is None or (grade["score"] is None and grade["status"] != GradeStatus.UNFINISHED):
+        return None
+    return grade["score"] is not None and grade["score"] >= RIGHT_FROM
+
+
+def _wide_row(rollout: Mapping[str, Any], index: int, prompt: Mapping[str, Any]) -> Row:
+    before, after = rollout["prompt_token_ids"], rollout["response_token_ids"]
+    return {
+        "prompt_idx": index,
+        "prompt": "\n\n".join(message["content"] for message in prompt["messages"] if message["role"] == "user"),
+        "answer": prompt["answer"],
+        "response": rollout["response_text"],
+        "prompt_token_ids": before,
+        "output_token_ids": after,
+        "input_ids": before + after,
+        "label_positions": list(range(len(before), len(before) + len(after))),
+        "length": len(after),
+        "finished": rollout["finish_reason"] == FinishReason.STOP,
+        "reasoning_enabled": rollout["thinking"],
+        "model_id": rollout["policy"],
+    }
+
+
+# --- in ----------------------------------------------------------------------------------------------------------
+
+
+def import_wide(source: Path, layout: Layout, name: str) -> int:
+    """Write the tables of `name` from a wide file; the number of rollouts.
+
+    Raises UserError naming file, column and row before anything is written.
+    """
+    if name not in ("train", "test"):
+        raise UserError(f"A wide table is imported as 'train' or 'test', found '{name}'.")
+    targets = {kind: layout.table(kind, name) for kind in ("prompts", "rollouts", "grades", "values")}
+    for path in targets.values():
+        if path.exists():
+            raise UserError(f"{path} exists and tables are never edited. Import into a new experiment, or delete it.")
+    rows = _read_wide(source)
+    prompt_ids = [prompt_id(TASK, TASK, json.dumps([row["prompt"], row["answer"]])) for row in rows]
+    rollouts = list(_rollout_rows(rows, prompt_ids))
+    names = [row["rollout_id"] for row in rollouts]
+    tables = {"prompts": _prompt_rows(rows, prompt_ids, name), "rollouts": rollouts}
+    if rows and "correct" in rows[0]:
+        tables["grades"] = [_grade_row(i, row) for i, row in zip(names, rows, strict=True)]
+    if any(row.get("value") is not None for row in rows):
+        tables["values"] = [
+            {"rollout_id": i, "critic": TASK, "fold": 0, "value": row["value"]}
+            for i, row in zip(names, rows, strict=True)
+            if row["value"] is not None
+        ]
+    params, parents = {"imported": digest_file(source)}, {"prompts": [], "rollouts": ["prompts"]}
+    for kind, content in tables.items():
+        with output_lock(targets[kind]):
+            SCHEMAS[kind].write(targets[kind], SCHEMAS[kind].make(content))
+            write_manifest(targets[kind], params, {p: targets[p] for p in parents.get(kind, ["rollouts"])})
+    return len(rows)
+
+
+def _prompt_rows(rows: Sequence[Row], prompt_ids: Sequence[str], split: str) -> list[Row]:
+    """Each prompt once, where it first occurs."""
+    found: dict[str, Row] = {}
+    for key, row in zip(prompt_ids, rows, strict=True):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        fixed = {"task": TASK, "source": TASK, "difficulty": TASK, "extra": "{}"}
+        own = {"prompt_id": key, "split": split, "messages": messages, "answer": row["answer"]}
+        found.setdefault(key, {**own, **fixed})
+    return list(found.values())
+
+
+def _rollout_rows(rows: Sequence[Row], prompt_ids: Sequence[str]) -> Iterator[Row]:
+    samples: Counter[str] = Counter()
+    for key, row in zip(prompt_ids, rows, strict=True):
+        index = samples[key]
+        samples[key] += 1
+        yield {
+            "rollout_id": digest_json([key, index, row["output_token_ids"]])[:ID_LENGTH],
+            "prompt_id": key,
+            "sample_index": index,
+            "seed": 0,
+            "prompt_token_ids": row["prompt_token_ids"],
+            "response_token_ids": row["output_token_ids"],
+            "response_text": row["response"],
+            "finish_reason": (FinishReason.STOP if row["finished"] else FinishReason.LENGTH).value,
+            "thinking": row["reasoning_enabled"],
+            "policy": row.get("model_id") or TASK,
+        }
+
+
+def _grade_row(rollout_id: str, row: Row) -> Row:
+    status = GradeStatus.GRADED if row["finished"] else GradeStatus.UNFINISHED
+    if row["finished"] and row["correct"] is None:
+        status = GradeStatus.ERROR
+    score = float(row["correct"]) if status is GradeStatus.GRADED else None
+    nothing = {"extracted_answer": None, "rationale": None}
+    return {"rollout_id": rollout_id, "grader": TASK, "score": score, "status": status.value, **nothing}
+
+
+def _read_wide(source: Path) -> list[Row]:
+    """The checked rows of a wide file."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist.")
+    try:
+        table = pq.read_table(source)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{source} cannot be read as parquet ({error}).") from None
+    fields = [f for f in (*WIDE, CORRECT, VALUE) if f.name in table.column_names]
+    for field in WIDE:
+        if field.name not in table.column_names and field.name not in DERIVED:
+            raise UserError(f"{source}: column '{field.name}' is missing (found: {', '.join(table.column_names)}).")
+    columns = {field.name: _cast(table[field.name], field, source) for field in fields}
+    rows = pa.table(columns).to_pylist()
+    for number, row in enumerate(rows):
+        if problem := _problem(row):
+            raise UserError(f"{source}: column '{problem[0]}', row {number}: {problem[1]}.")
+    return rows
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, source: Path) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException:
+        raise UserError(f"{source}: column '{field.name}' has type {column.type}, expected {field.type}.") from None
+
+
+def _problem(row: Row) -> tuple[str, str] | None:
+    """Column and reason of the first thing that is wrong with a row."""
+    for field in WIDE:
+        if not field.nullable and field.name in row and row[field.name] is None:
+            return field.name, "null is not allowed here"
+    before, after = row["prompt_token_ids"], row["output_token_ids"]
+    for name, ids in (("prompt_token_ids", before), ("output_token_ids", after)):
+        if any(i is None or not 0 <= i < 2**31 for i in ids):
+            return name, "a token id must be a number from 0 to 2147483647"
+    if not after:
+        return "output_token_ids", "a response has at least one token"
+    derived = {
+        "input_ids": before + after,
+        "label_positions": list(range(len(before), len(before) + len(after))),
+        "length": len(after),
+    }
+    for name, expected in derived.items():
+        if name in row and row[name] != expected:
+            return name, "does not agree with prompt_token_ids and output_token_ids"
+    value = row.get("value")
+    if value is not None and not 0 <= value <= 1:
+        return "value", f"found {value}, expected a number in [0, 1]"
+    return None

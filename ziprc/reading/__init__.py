@@ -1,0 +1,1 @@
+"""A model's states on given tokens: the joint, log-probabilities, entropies."""

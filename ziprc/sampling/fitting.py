@@ -1,0 +1,185 @@
+"""What is fitted on validation prompts after training, and stored with the checkpoint as plain numbers.
+
+Nothing here is trained on what it is judged by: the head never saw the validation prompts, and test prompts are never
+fitted on. Shapes: N prompts, K rollouts, T readings, C cells of the joint, n states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import betaln, expit
+
+from ziprc.errors import UserError
+from ziprc.joint.bins import BinGrid
+from ziprc.sampling import features as f
+from ziprc.sampling.policies.zip_rc import JointCalibration
+from ziprc.sampling.replay import Pool, pool_orders
+from ziprc.sampling.score import INPUTS, Logistic, Stages, inputs, stage_of, token_inputs
+from ziprc.sampling.selection import VoteModel
+from ziprc.sampling.tree import NO_ANSWER, Status, Trees
+from ziprc.store.files import read_json
+from ziprc.systems.artifacts import calibration_file
+
+VOTE_SIZES = (1, 2, 4, 8, 16)  # numbers of samples on which the vote model is fitted
+STATES_FOR_JOINT = 50_000
+ALL_INPUTS = tuple(range(len(INPUTS)))
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P(right) of a branch on the way and of a finished one, P(right) of an answer, and the strength κ of θ's prior.
+
+    `columns` are the inputs that the fused score may look at (all; fewer in ablations).
+    """
+
+    on_the_way: Stages
+    finished: Logistic
+    vote: VoteModel
+    strength: float
+    columns: tuple[int, ...] = ALL_INPUTS
+
+    @classmethod
+    def fit(
+        cls, pool: Pool, joint: NDArray[np.floating], grid: BinGrid, seed: int, columns: tuple[int, ...] = ALL_INPUTS
+    ) -> Calibration:
+        """From a pool of validation rollouts and its joints [T, C]."""
+        rng = np.random.default_rng(seed)
+        flat, first = pool.length.ravel(), pool.first.ravel()
+        score = (pool.score.ravel() > 0.5).astype(np.float64)
+
+        def look(rows: NDArray[np.int64]) -> Floats:
+            return inputs(joint[rows], pool.features[rows], grid)[:, columns]
+
+        rows, whose = _states(flat, first, rng)
+        on_the_way = Stages.fit(look(rows), score[whose], pool.features[rows, f.TOKENS])
+        x = look(first + flat - 1)
+        finished = Logistic.fit(x, score)
+        log_odds = finished.log_odds(x).reshape(pool.length.shape)
+        start = pool.first[:, 0]
+        prior = on_the_way.log_odds(look(start), np.zeros(len(start)))
+        sizes = [n for n in VOTE_SIZES if n <= pool.length.shape[1]]
+        vote = VoteModel.fit([_case(pool, log_odds, prior, n, rng) for n in sizes])
+        return cls(on_the_way, finished, vote, fit_strength(expit(prior), pool.score), columns)
+
+    def inputs(self, joint: NDArray[np.floating], features: NDArray[np.floating], grid: BinGrid) -> Floats:
+        """[n, D] what the fused score sees."""
+        return inputs(joint, features, grid)[:, self.columns]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "on_the_way": self.on_the_way.to_dict(),
+            "finished": self.finished.to_dict(),
+            "vote": self.vote.to_dict(),
+            "strength": self.strength,
+            "columns": list(self.columns),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Calibration:
+        return cls(
+            Stages.from_dict(record["on_the_way"]),
+            Logistic.from_dict(record["finished"]),
+            VoteModel(**record["vote"]),
+            record["strength"],
+            tuple(record["columns"]),
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Everything that samplers need besides the checkpoint: ours, the published policy's, and the baselines'."""
+
+    grid: BinGrid
+    fused: Calibration
+    joint: JointCalibration
+    logprob: Logistic
+
+    @classmethod
+    def fit(cls, pool: Pool, grid: BinGrid, seed: int) -> Fitted:
+        """From a pool of validation rollouts."""
+        score = (pool.score.ravel() > 0.5).astype(np.float64)
+        rows = np.random.default_rng(seed).permutation(len(pool.joint))[:STATES_FOR_JOINT]
+        of_rollout = np.repeat(score, pool.length.ravel())
+        last = pool.first.ravel() + pool.length.ravel() - 1
+        return cls(
+            grid,
+            Calibration.fit(pool, pool.joint, grid, seed),
+            JointCalibration.fit(np.asarray(pool.joint[rows], np.float32), of_rollout[rows], grid),
+            Logistic.fit(token_inputs(pool.features[last]), score),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"fused": self.fused, "joint": self.joint, "logprob": self.logprob, "grid": self.grid}
+        return {name: part.to_dict() for name, part in own.items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Fitted:
+        return cls(
+            BinGrid.from_dict(record["grid"]),
+            Calibration.from_dict(record["fused"]),
+            JointCalibration.from_dict(record["joint"]),
+            Logistic.from_dict(record["logprob"]),
+        )
+
+
+def read_fitted(checkpoint: Path, grid: BinGrid) -> Fitted:
+    """The calibration of a checkpoint; UserError when there is none or when it belongs to another grid."""
+    path = calibration_file(checkpoint)
+    if not path.exists():
+        raise UserError(f"{checkpoint} is not calibrated: there is no {path.name}. Build it: `make {path}`.")
+    fitted = Fitted.from_dict(read_json(path))
+    if fitted.grid != grid:
+        raise UserError(
+            f"{path} was fitted for another grid of bins than the checkpoint has. Build it again: `make {path}`."
+        )
+    return fitted
+
+
+def _states(
+    length: NDArray[np.int32], first: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of one random state per rollout and stage (score.stage_of), and the rollout of each."""
+    rows, whose = [], []
+    for stage in range(int(stage_of(length.max())) + 1):
+        low, high = (1 << stage) >> 1, 1 << stage
+        there = np.flatnonzero(length > low)
+        stop = np.minimum(high, length[there]) if stage else np.ones(len(there))
+        rows.append(first[there] + low + (rng.random(len(there)) * (stop - low)).astype(np.int64))
+        whose.append(there)
+    return np.concatenate(rows), np.concatenate(whose)
+
+
+def _case(
+    pool: Pool, log_odds: Floats, prior: Floats, samples: int, rng: np.random.Generator
+) -> tuple[Trees, Floats, Floats, NDArray[np.bool_]]:
+    """Every prompt with `samples` random rollouts finished, as the vote model sees them."""
+    prompts, rollouts = pool.length.shape
+    order = pool_orders(prompts, rollouts, 1, int(rng.integers(1 << 31)))[0][:, :samples]
+    rows = np.arange(prompts)[:, None]
+    trees = Trees.empty(prompts, order.shape[1], 0)
+    trees.status[:] = Status.FINISHED
+    trees.answer[:] = np.where(pool.finished, pool.answer, NO_ANSWER)[rows, order]
+    return trees, log_odds[rows, order], prior, pool.score[rows, order] > 0.5
+
+
+def fit_strength(prior: Floats, score: NDArray[np.floating]) -> float:
+    """κ of the Beta(κ·p, κ·(1 - p)) that best explains how many of each prompt's samples are right (beta-binomial).
+
+    `prior` [N] are the p, `score` [N, K].
+    """
+    right, n = (score > 0.5).sum(-1), score.shape[1]
+    mean = np.clip(prior, 1e-3, 1 - 1e-3)
+
+    def loss(log_kappa: float) -> float:
+        a, b = np.exp(log_kappa) * mean, np.exp(log_kappa) * (1 - mean)
+        return -float((betaln(a + right, b + n - right) - betaln(a, b)).sum())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 5.0), method="bounded").x))

@@ -1,0 +1,1 @@
+"""Adaptive sampling on a real engine."""

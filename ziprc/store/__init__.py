@@ -1,0 +1,1 @@
+"""How a file comes to be whole, and where it is kept."""

@@ -1,0 +1,1 @@
+"""What is made from what: one torch-free declaration per stage, one module per system."""

@@ -1,0 +1,1 @@
+"""Starting things: the rules of Snakemake, single stages, clusters, containers."""
