@@ -24,7 +24,7 @@ IMAGE = $(if $(CONTAINER),--container $(filter-out 1,$(CONTAINER)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install smoke all why unlock verify dag report doctor fetch inspect image lint format lock clean
+.PHONY: help install smoke all why unlock verify dag report doctor fetch inspect image stages lint format lock clean
 .PHONY: test test-slow test-faults test-cluster test-containers
 
 help: ## list the targets
@@ -106,6 +106,9 @@ test-cluster: install ## the workflow on a real SLURM that the tests bring up on
 
 test-containers: install ## build both kinds of image and run stages in them
 	@OMP_NUM_THREADS=1 python -m pytest -m containers tests/containers
+
+stages: install ## write the table at the head of the Snakefile from the declarations
+	@python -m ziprc.workflow.snakefile
 
 lint: install ## style, layers, workflow
 	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile

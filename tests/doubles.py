@@ -21,12 +21,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ziprc.chat import CHATML_TEMPLATE, prompt_token_ids
+from ziprc.config.load import Config
 from ziprc.engines.base import Request, Step, check_request
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, save_checkpoint
 from ziprc.joint.vocabulary import derive_layout
+from ziprc.plan.stage import Ref
+from ziprc.stages.context import Context
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
+from ziprc.systems import graph_of
 from ziprc.tables.baselines import BASELINES
 from ziprc.tables.grades import GRADES
 from ziprc.tables.introspection import INTROSPECTION
@@ -38,6 +42,20 @@ from ziprc.tables.values import VALUES
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 8, 16, 32, 64))
 ROWS = 320
+
+
+@dataclass(frozen=True)
+class World:
+    """An experiment without a configuration file."""
+
+    config: Config
+    layout: Layout
+
+    def context(self, stage: str, name: str) -> Context:
+        """What a stage is given."""
+        return Context(graph_of(self.config, self.layout), Ref(stage, name))
+
+
 TABLES = {t.name: t for t in (BASELINES, GRADES, INTROSPECTION, PROMPTS, ROLLOUTS, SAMPLES, VALUES)}
 TIGHT_BLOCKS = 40  # of 32 tokens
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ziprc.config.load import load
 from ziprc.errors import UserError
-from ziprc.stages.context import Context, add_experiment_arguments, already_made
+from ziprc.stages.context import add_experiment_arguments, already_made, context_of
 from ziprc.store.layout import Layout
 from ziprc.workflow import build as building
 from ziprc.workflow.launch import first_line, stage_command
@@ -37,11 +37,10 @@ def doctor(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Become the launcher of a stage, unless its artifact is there already."""
-    config = load(options.config_file, options.experiment, options.set)
-    command, environment = stage_command(options, config)
+    context = context_of(options, options.stage)
+    command, environment = stage_command(options, context.graph)
     print(first_line(options), flush=True)
-    context = Context(config, Layout(options.results, options.experiment), options.name)
-    if done := already_made(options.stage, context):  # found out here, before torch is imported
+    if done := already_made(context):  # found out here, before torch is imported
         print(f"{options.stage}: {done}")
         return 0
     os.execvpe(command[0], command, environment)
@@ -120,7 +119,7 @@ def summary(options: argparse.Namespace) -> int:
         from ziprc.pages.figures import overview
         from ziprc.store.files import read_json
 
-        overview(options.figure, read_json(options.homes[0] / "metrics.json")["prediction"], MOMENTS)
+        overview(options.figure, read_json(options.homes[0] / "metrics/zip-rc.json")["prediction"], MOMENTS)
         print(f"\nsummary: drew {options.homes[0]} into {options.figure}")
     if options.frontier:
         from ziprc.pages.figures import frontier_figure
@@ -221,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     add_experiment_arguments(sub)
 
     sub = command(
-        "why", why, "say in words what would rerun", "ziprc why --experiment smoke results/smoke/metrics.json"
+        "why", why, "say in words what would rerun", "ziprc why --experiment smoke results/smoke/metrics/zip-rc.json"
     )
     sub.add_argument("targets", nargs="*")
     sub.add_argument("--profile")

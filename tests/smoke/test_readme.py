@@ -62,7 +62,7 @@ def test_the_two_commands_come_first() -> None:
 def test_ci_runs_the_tests_then_the_smoke_run_and_checks_what_it_made() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert script.index("make test\n") < script.index("make smoke\n") < script.index("report.html")
-    assert "metrics.json" in script and "set -euo pipefail" in script
+    assert "metrics/zip-rc.json" in script and "set -euo pipefail" in script
 
 
 def test_every_experiment_that_the_readme_names_exists() -> None:

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ziprc.config import load as module
-from ziprc.config.load import Config, load, science
+from ziprc.config.load import load
 from ziprc.errors import UserError
 from ziprc.plan import code as code_module
-from ziprc.systems import names
 
 CONTENT = """
 defaults:
@@ -93,53 +91,6 @@ def test_a_file_of_another_shape_is_refused(tmp_path: Path, content: str) -> Non
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no configuration file .*none\.yaml"):
         load(tmp_path / "none.yaml", "a")
-
-
-def test_runtime_changes_no_params(path: Path) -> None:
-    fast = load(path, "plain", ["runtime.workers=7", "runtime.bf16=true"])
-    for section in module.SCIENCE:
-        assert science(fast, section) == science(load(path, "plain"), section)
-    assert "runtime" not in module.SCIENCE
-
-
-def test_one_head_changes_its_own_params_only(path: Path) -> None:
-    before, after = load(path, "plain"), load(path, "plain", ["train_joint.ziprc.kl=25"])
-    changed = [h for h in names.head_names(before) if names.head_params(before, h) != names.head_params(after, h)]
-    assert changed == ["ziprc"]
-
-
-def changed_params(before: Config, override: str, path: Path) -> set[str]:
-    """Rollouts and prompts tables whose params an override changes."""
-    after = load(path, "plain", [override])
-    tables = [("prompts", n) for n in ("train", "validation", "test")]
-    tables += [("rollouts", n) for n in ("train", "test", "test-many", "test-lite", *names.POOLS)]
-    return {
-        f"{kind}/{name}"
-        for kind, name in tables
-        if names.params_of(before, kind, name) != names.params_of(after, kind, name)
-    }
-
-
-def test_counts_change_the_tables_that_use_them_and_no_other(path: Path) -> None:
-    before = load(path, "plain")
-    pools = {"rollouts/validation-ziprc", "rollouts/test-ziprc"}
-    variants = {"rollouts/test", "rollouts/test-lite"}
-    assert changed_params(before, "rollouts.pool_samples=3", path) == pools
-    assert changed_params(before, "rollouts.pool_prompts=3", path) == pools
-    assert changed_params(before, "rollouts.test_samples=3", path) == variants
-    assert changed_params(before, "rollouts.test_thinking=false", path) == pools | variants | {"rollouts/test-many"}
-    assert changed_params(before, "prompts.validation=3", path) == {"prompts/validation"}
-
-
-def test_a_name_says_which_prompts_policy_and_head(path: Path) -> None:
-    config = load(path, "plain", ["train_joint.lite={}"])
-    tables = ["train", "test", "test-many", "test-ziprc", "test-noisy-fold1", "validation-ziprc", "test-lite"]
-    assert [names.prompts_of(n) for n in tables] == ["train", *["test"] * 4, "validation", "test"]
-    policies = ["base", "base", "base", "ziprc", "noisy-fold1", "ziprc", "lite"]
-    assert [names.policy_of(config, n) for n in tables] == policies
-    assert [names.introspected(n) for n in ("ziprc", "lite", *names.POOLS)] == [
-        ("test", "ziprc"), ("test", "lite"), ("validation-ziprc", "ziprc"), ("test-ziprc", "ziprc"),
-    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from tests.doubles import World
 from ziprc.chat import CHATML_TEMPLATE
 from ziprc.config.base import Sampling
 from ziprc.config.load import Config
@@ -24,7 +25,6 @@ from ziprc.joint.checkpoint import JointHead, save_checkpoint
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages import rollouts
-from ziprc.stages.context import Context
 from ziprc.store.digests import digest_file
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import write_manifest
@@ -215,7 +215,7 @@ def test_reserved_rows_are_never_sampled_by_the_reference(settings: EngineSettin
 
 def test_the_table_holds_what_was_planned(world: Layout) -> None:
     config = make_config()
-    line = rollouts.run(Context(config, world, "train"))
+    line = rollouts.run(World(config, world).context("rollouts", "train"))
     table = ROLLOUTS.read(world.table("rollouts", "train"))
     assert line.startswith(f"wrote {PROMPT_COUNT * 3} rollouts of ")
     assert table["prompt_id"].to_pylist() == [f"p{i}" for i in range(PROMPT_COUNT) for _ in range(3)]
@@ -233,7 +233,7 @@ def test_the_table_holds_what_was_planned(world: Layout) -> None:
 def test_drift_is_paired_and_many_is_many(world: Layout) -> None:
     tables = {}
     for name in ("test", "test-ziprc", "test-many"):
-        rollouts.run(Context(make_config(), world, name))
+        rollouts.run(World(make_config(), world).context("rollouts", name))
         tables[name] = ROLLOUTS.read(world.table("rollouts", name))
     assert tables["test"]["seed"] == tables["test-ziprc"]["seed"]
     assert tables["test"]["rollout_id"] != tables["test-ziprc"]["rollout_id"]
@@ -243,7 +243,7 @@ def test_drift_is_paired_and_many_is_many(world: Layout) -> None:
 
 def test_an_interrupted_stage_resumes_by_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path)
-    context = Context(make_config(), world, "test")
+    context = World(make_config(), world).context("rollouts", "test")
     rollouts.run(context)
     whole = digest_file(world.table("rollouts", "test"))
     world.table("rollouts", "test").unlink()
@@ -289,7 +289,7 @@ def test_other_science_uses_other_shards(world: Layout) -> None:
 def test_the_number_of_workers_changes_no_byte(world: Layout) -> None:
     digests = []
     for workers in (1, 2):
-        rollouts.run(Context(make_config(workers=workers), world, "test"))
+        rollouts.run(World(make_config(workers=workers), world).context("rollouts", "test"))
         digests.append(digest_file(world.table("rollouts", "test")))
     assert digests[0] == digests[1]
 
@@ -305,16 +305,16 @@ def test_prompts_that_do_not_fit_are_refused_with_the_numbers(world: Layout) -> 
     tight = config.model_copy(update={"rollouts": config.rollouts.model_copy(update={"max_model_len": 48})})
     numbers = r"2 of 7 prompts.*prompt p6 has 26 tokens.*24 new tokens.*limit of 48.*at least 50"
     with pytest.raises(UserError, match=numbers):
-        rollouts.run(Context(tight, world, "test"))
+        rollouts.run(World(tight, world).context("rollouts", "test"))
 
 
 @pytest.mark.parametrize("name", ["tset", "test-zipcr", "base"])
 def test_an_unknown_table_is_refused(world: Layout, name: str) -> None:
     with pytest.raises(UserError, match="There is no rollouts table"):
-        rollouts.run(Context(make_config(), world, name))
+        rollouts.run(World(make_config(), world).context("rollouts", name))
 
 
 def test_no_disk_space_is_said_before_the_engine_starts(world: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match="MiB free"):
-        rollouts.run(Context(make_config(), world, "test"))
+        rollouts.run(World(make_config(), world).context("rollouts", "test"))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.doubles import GRID, tiny_experiment
+from tests.doubles import GRID, World, tiny_experiment
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import Samples
 from ziprc.errors import UserError
@@ -39,12 +39,12 @@ from ziprc.reading.logits import Reading, kl_drift, token_scores
 from ziprc.reading.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
 from ziprc.stages import baselines, evaluate, introspection, prompts, report, values
 from ziprc.stages.baselines import text_rows
-from ziprc.stages.context import Context, perform
+from ziprc.stages.context import perform
 from ziprc.store.digests import digest_file
 from ziprc.store.files import read_json, write_json
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import write_manifest
-from ziprc.systems.names import POOLS
+from ziprc.systems.zip_rc import POOLS
 from ziprc.tables.baselines import BASELINES
 from ziprc.tables.grades import GRADES
 from ziprc.tables.introspection import INTROSPECTION
@@ -316,24 +316,24 @@ def test_pieces_cover_all_rows_once_in_order():
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Context:
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A tiny experiment with every stage of this file run on it."""
     layout = Layout(tmp_path_factory.mktemp("results"), "tiny")
     tiny_experiment(layout)
-    context = Context(Config.model_validate(CONFIG), layout, "")
+    world = World(Config.model_validate(CONFIG), layout)
     for name in ("train", "test-many"):
-        values.run(replace(context, name=name))
+        values.run(world.context("values", name))
     for name in ("ziprc", "lite", *POOLS):
-        introspection.run(replace(context, name=name))
-    baselines.run(replace(context, name="test"))
-    evaluate.run(replace(context, name="metrics"))
+        introspection.run(world.context("introspection", name))
+    baselines.run(world.context("baselines", "test"))
+    evaluate.run(world.context("evaluate", "zip-rc"))
     write_json(layout.home / "frontier.json", FRONTIER)
     write_manifest(layout.home / "frontier.json", {}, {})
-    report.run(replace(context, name="report"))
-    return context
+    report.run(world.context("report", "report"))
+    return world
 
 
-def test_token_scores_equal_the_naive_full_forward(experiment: Context):
+def test_token_scores_equal_the_naive_full_forward(experiment: World):
     model = load_model(experiment.layout.checkpoint("base"))
     pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
     for i, scores in token_scores(model, 261, pairs, 1000, chunk=3):
@@ -345,7 +345,7 @@ def test_token_scores_equal_the_naive_full_forward(experiment: Context):
         assert np.allclose(scores.entropy, -(log_probs.exp() * log_probs).sum(-1).numpy(), atol=1e-5)
 
 
-def test_one_pass_of_the_body_gives_joint_and_scores(experiment: Context, monkeypatch: pytest.MonkeyPatch):
+def test_one_pass_of_the_body_gives_joint_and_scores(experiment: World, monkeypatch: pytest.MonkeyPatch):
     reader = JointReader.open(experiment.layout.checkpoint("ziprc"))
     pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
     joints = reader.joints(pairs, 1000)
@@ -361,7 +361,7 @@ def test_one_pass_of_the_body_gives_joint_and_scores(experiment: Context, monkey
         assert np.allclose(one.entropy, scores[i].entropy, atol=1e-5)
 
 
-def test_drift_is_zero_at_equal_weights_and_equals_the_naive_kl_otherwise(experiment: Context):
+def test_drift_is_zero_at_equal_weights_and_equals_the_naive_kl_otherwise(experiment: World):
     old, new = (load_model(experiment.layout.checkpoint(name)) for name in ("base", "ziprc"))
     rows = read_joint_head(experiment.layout.checkpoint("ziprc")).layout
     pairs = [TokenPair([5, 6], [8, 9, 10]), TokenPair([1], [2])]
@@ -374,7 +374,7 @@ def test_drift_is_zero_at_equal_weights_and_equals_the_naive_kl_otherwise(experi
     assert kl_drift(old, new, rows, pairs, 100, 2)[0] == pytest.approx(naive, abs=1e-5)
 
 
-def test_drift_does_not_see_the_slice(experiment: Context):
+def test_drift_does_not_see_the_slice(experiment: World):
     old, new = (load_model(experiment.layout.checkpoint("base")) for _ in range(2))
     rows = read_joint_head(experiment.layout.checkpoint("ziprc")).layout
     with torch.no_grad():
@@ -445,7 +445,7 @@ def test_pass_at_1_weighs_every_prompt_alike_whatever_the_samples_of_either_side
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: Context):
+def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: World):
     from ziprc.stages.values import score_rollouts
     from ziprc.training.data import prompt_fold
 
@@ -461,7 +461,7 @@ def test_each_training_rollout_is_scored_by_the_critic_of_its_fold(experiment: C
     assert np.allclose([row["value"] for row in table], [by_critic[f][i] for i, f in enumerate(folds)], atol=1e-6)
 
 
-def test_other_splits_are_scored_by_the_mean_of_the_critics(experiment: Context):
+def test_other_splits_are_scored_by_the_mean_of_the_critics(experiment: World):
     table = VALUES.read(experiment.layout.table("values", "test-many"))
     assert set(table["critic"].to_pylist()) == {"mean"} and set(table["fold"].to_pylist()) == {-1}
 
@@ -470,12 +470,12 @@ def test_one_fold_means_one_critic_for_all(tmp_path: Path):
     layout = Layout(tmp_path, "tiny")
     tiny_experiment(layout, folds=1)
     config = Config.model_validate(CONFIG | {"values": {"folds": 1, "last_k": 4}})
-    values.run(Context(config, layout, "train"))
+    values.run(World(config, layout).context("values", "train"))
     table = VALUES.read(layout.table("values", "train"))
     assert set(table["critic"].to_pylist()) == {"noisy"}
 
 
-def test_introspection_holds_every_labelled_state_in_order(experiment: Context):
+def test_introspection_holds_every_labelled_state_in_order(experiment: World):
     table = INTROSPECTION.read(experiment.layout.table("introspection", "ziprc"))
     rollouts = ROLLOUTS.read(experiment.layout.table("rollouts", "test"))
     wanted = [(r["rollout_id"], j) for r in rollouts.to_pylist() for j in range(len(r["response_token_ids"]))]
@@ -484,7 +484,7 @@ def test_introspection_holds_every_labelled_state_in_order(experiment: Context):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_pool_is_read_by_the_head_that_sampled_it(experiment: Context, pool: str):
+def test_a_pool_is_read_by_the_head_that_sampled_it(experiment: World, pool: str):
     layout = experiment.layout
     rollouts = ROLLOUTS.read(layout.table("rollouts", pool))
     pairs = token_pairs(rollouts)
@@ -499,20 +499,20 @@ def test_a_pool_is_read_by_the_head_that_sampled_it(experiment: Context, pool: s
     assert parents["checkpoint"] == digest_file(manifest_of(layout.checkpoint("ziprc")))
 
 
-def test_introspection_is_the_same_file_again_and_hardly_depends_on_the_batch(experiment: Context):
+def test_introspection_is_the_same_file_again_and_hardly_depends_on_the_batch(experiment: World):
     path = experiment.layout.table("introspection", "ziprc")
     before, table = digest_file(path), INTROSPECTION.read(path)
     small = experiment.config.model_copy(
         update={"runtime": experiment.config.runtime.model_copy(update={"forward_tokens": 64})}
     )
-    introspection.run(replace(experiment, config=small, name="ziprc"))
+    introspection.run(replace(experiment, config=small).context("introspection", "ziprc"))
     other = INTROSPECTION.read(path)
     assert np.allclose(table["expected_reward"], other["expected_reward"], atol=1e-5)
-    introspection.run(replace(experiment, name="ziprc"))
+    introspection.run(experiment.context("introspection", "ziprc"))
     assert digest_file(path) == before
 
 
-def test_baselines_predict_every_rollout_at_every_moment(experiment: Context):
+def test_baselines_predict_every_rollout_at_every_moment(experiment: World):
     table = BASELINES.read(experiment.layout.table("baselines", "test"))
     assert table.num_rows == 96 * 4 * 5
     starts = {
@@ -523,8 +523,8 @@ def test_baselines_predict_every_rollout_at_every_moment(experiment: Context):
     assert len({value for _, value in starts}) == 1  # before the first token nothing but the constant is known
 
 
-def test_metrics_hold_every_record_and_no_nan(experiment: Context):
-    text = (experiment.layout.home / "metrics.json").read_text()
+def test_metrics_hold_every_record_and_no_nan(experiment: World):
+    text = (experiment.layout.home / "metrics/zip-rc.json").read_text()
     metrics = json.loads(text)
     assert "NaN" not in text and "Infinity" not in text
     assert set(metrics["prediction"]) == {"ziprc", "lite", "constant", "length", "logprob", "probe"}
@@ -533,18 +533,18 @@ def test_metrics_hold_every_record_and_no_nan(experiment: Context):
     assert metrics["drift"]["kl"]["value"] > 0
     assert metrics["base"]["cells"][0]["pass_at_1"]["value"] > metrics["base"]["cells"][1]["pass_at_1"]["value"]
     assert len(metrics["headline"]) == 7
-    parents = read_json(manifest_of(experiment.layout.home / "metrics.json"))["parents"]
+    parents = read_json(manifest_of(experiment.layout.home / "metrics/zip-rc.json"))["parents"]
     assert {"base", "ziprc", "introspection/ziprc", "baselines/test", "values/train"} <= set(parents)
 
 
-def test_metrics_are_the_same_file_again(experiment: Context):
-    path = experiment.layout.home / "metrics.json"
+def test_metrics_are_the_same_file_again(experiment: World):
+    path = experiment.layout.home / "metrics/zip-rc.json"
     before = path.read_bytes()
-    evaluate.run(replace(experiment, name="metrics"))
+    evaluate.run(experiment.context("evaluate", "zip-rc"))
     assert path.read_bytes() == before
 
 
-def test_a_checkpoint_with_another_grid_than_its_table_is_refused(experiment: Context, tmp_path: Path):
+def test_a_checkpoint_with_another_grid_than_its_table_is_refused(experiment: World, tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         read_states(tmp_path / "none.parquet", pa.array(["r"]), np.array([1]), np.zeros((1, 1), int), 3)
 
@@ -552,21 +552,21 @@ def test_a_checkpoint_with_another_grid_than_its_table_is_refused(experiment: Co
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_is_one_file_that_fetches_nothing(experiment: Context):
+def test_the_report_is_one_file_that_fetches_nothing(experiment: World):
     page = (experiment.layout.home / "report.html").read_text()
     assert "http" not in page
     assert "<script" not in page
     assert "@import" not in page
 
 
-def test_the_report_shows_adaptive_sampling_first(experiment: Context):
+def test_the_report_shows_adaptive_sampling_first(experiment: World):
     page = (experiment.layout.home / "report.html").read_text()
     titles = re.findall("<h2>(.*?)</h2>", page)
     assert titles[:3] == ["Adaptive sampling", "What the head knows", "What did not work, or cannot be told"]
     assert "frontier" in read_json(manifest_of(experiment.layout.home / "report.html"))["parents"]
 
 
-def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
+def test_the_report_shows_live_runs_where_there_are_some(experiment: World):
     row = {
         "prompt_id": "p", "policy": "zip-rc", "budget": "2", "decision": 0, "step": 31, "branch_id": 0, "parent": -1,
         "fork": 0, "length": 31, "status": "finished", "action": "stop", "expected_reward": 0.5, "expected_remaining": 0.0,
@@ -579,7 +579,7 @@ def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
     write_manifest(path, {}, {})
     write_json(path.with_suffix(".timing.json"), {"2": {"together": {"total_s": 4.0, "deciding_s": 0.5}}})
     config = experiment.config.model_copy(update={"samples": Samples(policies=("zip-rc",))})
-    report.run(replace(experiment, config=config, name="report"))
+    report.run(replace(experiment, config=config).context("report", "report"))
     found = (
         (experiment.layout.home / "report.html").read_text().partition("Live on the engine")[2].partition("</table>")[0]
     )
@@ -590,13 +590,13 @@ def test_the_report_shows_live_runs_where_there_are_some(experiment: Context):
     shutil.rmtree(path.parent)
 
 
-def test_ids_in_the_report_are_unique(experiment: Context):
+def test_ids_in_the_report_are_unique(experiment: World):
     page = (experiment.layout.home / "report.html").read_text()
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
 
-def test_model_text_is_escaped_everywhere(experiment: Context, monkeypatch: pytest.MonkeyPatch):
+def test_model_text_is_escaped_everywhere(experiment: World, monkeypatch: pytest.MonkeyPatch):
     loaded = inspection.load_rollouts(experiment.layout, "ziprc", 1)
     evil = [
         replace(r, question="<img src=x onerror=alert(1)>", tokens=["</script><b>", "&\u2028", "\x1b[2J"])
@@ -605,7 +605,7 @@ def test_model_text_is_escaped_everywhere(experiment: Context, monkeypatch: pyte
     evil = [replace(r, joint=type(r.joint)(r.joint.grid, r.joint.probabilities[:3])) for r in evil]
     monkeypatch.setattr(inspection, "load_rollouts", lambda *a: evil)
     monkeypatch.setattr(report, "load_rollouts", lambda *a: evil)
-    report.run(replace(experiment, name="report"))
+    report.run(experiment.context("report", "report"))
     page = (experiment.layout.home / "report.html").read_text()
     assert "<img" not in page and "</script>" not in page and "&lt;/script&gt;&lt;b&gt;" in page
     inspected = inspection.inspect_html(experiment.layout.home).read_text()
@@ -615,7 +615,7 @@ def test_model_text_is_escaped_everywhere(experiment: Context, monkeypatch: pyte
     assert "\x1b" not in inspection.inspect_text(experiment.layout.home)
 
 
-def test_the_terminal_gets_colours_only_when_it_is_one(experiment: Context, monkeypatch: pytest.MonkeyPatch):
+def test_the_terminal_gets_colours_only_when_it_is_one(experiment: World, monkeypatch: pytest.MonkeyPatch):
     assert "\x1b[" not in inspection.inspect_text(experiment.layout.home)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -627,7 +627,7 @@ def test_inspect_says_how_to_build_what_is_missing(tmp_path: Path):
         inspection.inspect_html(tmp_path / "smoke", "lite")
 
 
-def test_inspected_rollouts_spread_over_cells_and_outcomes(experiment: Context):
+def test_inspected_rollouts_spread_over_cells_and_outcomes(experiment: World):
     loaded = inspection.load_rollouts(experiment.layout, "ziprc", 4)
     assert {(r.difficulty, r.score) for r in loaded} == {
         (d, s) for d in ("2 steps, small", "3 steps, big") for s in (0, 1)
@@ -639,7 +639,7 @@ def test_length_labels_are_whole_tokens():
     assert inspection.length_labels(BinGrid((0, 1), (0, 1, 2, 8, 16))) == ["0", "1", "2–7", "8+"]
 
 
-def test_the_graph_comes_from_the_manifests(experiment: Context):
+def test_the_graph_comes_from_the_manifests(experiment: World):
     graph = dag.read_graph(experiment.layout)
     assert set(graph["values/train"]) == {"rollouts/train", "checkpoints/noisy-fold0", "checkpoints/noisy-fold1"}
     depth = {name: k for k, column in enumerate(dag.columns(graph)) for name in column}
@@ -647,8 +647,8 @@ def test_the_graph_comes_from_the_manifests(experiment: Context):
     assert "metrics" in dag.draw(graph)
 
 
-def test_findings_name_missed_targets_and_better_baselines(experiment: Context):
-    found = " ".join(negative_findings(read_json(experiment.layout.home / "metrics.json")))
+def test_findings_name_missed_targets_and_better_baselines(experiment: World):
+    found = " ".join(negative_findings(read_json(experiment.layout.home / "metrics/zip-rc.json")))
     assert "wanted at least" in found  # heads with random weights reach no target
     assert "log-probabilities" in found
 
@@ -656,8 +656,8 @@ def test_findings_name_missed_targets_and_better_baselines(experiment: Context):
 def test_costs_are_read_from_the_provenance(tmp_path: Path):
     layout = Layout(tmp_path, "tiny")
     assert read_costs(layout.home / "provenance") == []
-    context = Context(Config.model_validate({"prompts": {"train": 3}}), layout, "train")
-    perform("prompts", prompts.run, context)
+    context = World(Config.model_validate({"prompts": {"train": 3}}), layout).context("prompts", "train")
+    perform(prompts.run, context)
     (cost,) = read_costs(layout.home / "provenance")
     assert cost.job == "prompts train" and cost.seconds < 60 and cost.peak_mib > 10
 
@@ -667,6 +667,6 @@ def test_the_summary_has_a_row_per_target_and_a_column_per_run(tmp_path: Path) -
     for name, value in (("a", 0.9), ("b", 0.85)):
         result = {"value": value, "low": value - 0.01, "high": None if name == "b" else value + 0.01}
         result["low"] = None if name == "b" else result["low"]
-        write_json(tmp_path / name / "metrics.json", {"headline": [{**record, "result": result}]})
+        write_json(tmp_path / name / "metrics/zip-rc.json", {"headline": [{**record, "result": result}]})
     last = summary([tmp_path / "a", tmp_path / "b"]).splitlines()[-1]
     assert last == "| AUROC | ≥ 0.8 | 0.900 [0.890, 0.910] | 0.850 | yes, yes |"

@@ -11,6 +11,8 @@ import pytest
 from ziprc.cli import parser
 from ziprc.config.load import Config
 from ziprc.errors import UserError
+from ziprc.store.layout import Layout
+from ziprc.systems import graph_of
 from ziprc.workflow.build import call_to_the_end
 from ziprc.workflow.launch import first_line, meeting_port, root_of, stage_command
 
@@ -18,21 +20,13 @@ CONFIG = root_of(Path(__file__)) / "config.yaml"
 
 
 def command(stage: str, *more: str, base: str = "scratch", **runtime: object) -> str:
-    arguments = [
-        "run",
-        stage,
-        "--name",
-        "x",
-        "--experiment",
-        "smoke",
-        "--config-file",
-        str(CONFIG),
-        "--threads",
-        "6",
-        *more,
-    ]
+    named = ["--name", "x", "--experiment", "smoke", "--config-file", str(CONFIG), "--threads", "6"]
     config = Config.model_validate({"base": {"model": base}, "runtime": runtime})
-    return " ".join(stage_command(parser().parse_args(arguments), config)[0])
+    return " ".join(
+        stage_command(
+            parser().parse_args(["run", stage, *named, *more]), graph_of(config, Layout(Path("results"), "smoke"))
+        )[0]
+    )
 
 
 def test_one_node_starts_a_process_for_each_gpu() -> None:

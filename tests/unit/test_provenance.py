@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.doubles import tiny_checkpoint
+from tests.doubles import World, tiny_checkpoint
 from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.plan import provenance
+from ziprc.plan import graph, provenance
 from ziprc.plan.provenance import REVISION_VARIABLE, hand_on_revision, revision
+from ziprc.plan.stage import Ref
 from ziprc.plan.verify import verify
 from ziprc.stages import prompts
 from ziprc.stages.context import Context, perform
@@ -31,13 +31,17 @@ CONFIG = {"prompts": {"train": 3, "validation": 2, "test": 2}}
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     """Three prompts, made by the real stage."""
-    made = Context(Config.model_validate(CONFIG), Layout(tmp_path / "results", "tiny"), "train")
-    perform("prompts", prompts.run, made)
+    made = World(Config.model_validate(CONFIG), Layout(tmp_path / "results", "tiny")).context("prompts", "train")
+    perform(prompts.run, made)
     return made
 
 
 def table(context: Context) -> Path:
-    return context.layout.table("prompts", context.name)
+    return context.target
+
+
+def with_config(config: Config, context: Context) -> Context:
+    return World(config, context.graph.layout).context(context.ref.stage, context.ref.name)
 
 
 def flip(path: Path, at: float = 0.5) -> None:
@@ -102,21 +106,21 @@ def test_every_file_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
 
 def test_what_the_same_recipe_made_is_left_alone(context: Context) -> None:
     before = os.stat(table(context)).st_ino
-    assert "nothing to do" in perform("prompts", prompts.run, context)
+    assert "nothing to do" in perform(prompts.run, context)
     assert os.stat(table(context)).st_ino == before
 
 
 def test_it_is_made_younger_than_its_inputs(context: Context) -> None:
     for path in (table(context), manifest_of(table(context))):
         os.utime(path, (0, 0))
-    perform("prompts", prompts.run, context)
+    perform(prompts.run, context)
     assert all(os.stat(path).st_mtime > 1e9 for path in (table(context), manifest_of(table(context))))
 
 
 def test_another_setting_is_another_recipe(context: Context) -> None:
-    other = replace(context, config=Config.model_validate({**CONFIG, "seed": 1}))
+    other = with_config(Config.model_validate({**CONFIG, "seed": 1}), context)
     before = digest_file(table(context))
-    assert "nothing to do" not in perform("prompts", prompts.run, other)
+    assert "nothing to do" not in perform(prompts.run, other)
     assert digest_file(table(context)) != before
 
 
@@ -127,24 +131,24 @@ def test_other_packages_or_code_are_another_recipe(
     if what == "packages":
         monkeypatch.setattr(provenance, "versions", lambda: {"torch": "1.0"})
     else:
-        monkeypatch.setattr(provenance, "code_digest", lambda stage, task: "other")
-    assert "nothing to do" not in perform("prompts", prompts.run, context)
+        monkeypatch.setattr(graph, "code_digest", lambda stage, chosen: "other")
+    assert "nothing to do" not in perform(prompts.run, context)
 
 
 def test_a_damaged_artifact_or_record_is_made_again(context: Context) -> None:
     before = digest_file(table(context))
-    for path in (table(context), manifest_of(table(context)), context.layout.provenance("prompts", "train")):
+    for path in (table(context), manifest_of(table(context)), context.graph.layout.provenance("prompts", "train")):
         flip(path)
-        assert "nothing to do" not in perform("prompts", prompts.run, context)
+        assert "nothing to do" not in perform(prompts.run, context)
         assert digest_file(table(context)) == before
-        assert not verify(context.layout.home).problems
+        assert not verify(context.graph.layout.home).problems
 
 
 # --- the record ---
 
 
 def test_the_record_says_how_the_artifact_came_to_be(context: Context) -> None:
-    record = read_sealed(context.layout.provenance("prompts", "train"))
+    record = read_sealed(context.graph.layout.provenance("prompts", "train"))
     assert record["config"]["prompts"]["train"] == 3 and record["seed"] == 0
     assert record["recipe"]["packages"]["torch"].count(".") == 2
     assert record["manifest"] == digest_file(manifest_of(table(context)))
@@ -193,19 +197,21 @@ def test_a_stage_without_git_knows_what_was_found_outside(tmp_path: Path, monkey
 
 def test_verify_counts_what_agrees(context: Context) -> None:
     assert (
-        verify(context.layout.home).text().endswith("1 artifacts of 1 files, 1 provenance records: every digest agrees")
+        verify(context.graph.layout.home)
+        .text()
+        .endswith("1 artifacts of 1 files, 1 provenance records: every digest agrees")
     )
 
 
 def test_verify_names_each_problem(context: Context) -> None:
-    home = context.layout.home
+    home = context.graph.layout.home
     write_text(home / "metrics.json", "{}")
     write_manifest(home / "metrics.json", {}, {"prompts/train": table(context)})
-    perform("prompts", prompts.run, replace(context, config=Config.model_validate({**CONFIG, "seed": 5})))
+    perform(prompts.run, with_config(Config.model_validate({**CONFIG, "seed": 5}), context))
     flip(home / "metrics.json")
     (home / "values").mkdir()
     (home / "values" / "train.parquet").write_bytes(b"half")
-    flip(context.layout.provenance("prompts", "train"))
+    flip(context.graph.layout.provenance("prompts", "train"))
     problems = "\n".join(verify(home).problems)
     for found in (
         "metrics.json is not what metrics.manifest.json describes",
@@ -222,7 +228,7 @@ def test_verify_of_an_empty_folder_says_what_to_name(tmp_path: Path) -> None:
 
 
 def test_the_command_exits_with_1_when_something_is_wrong(context: Context) -> None:
-    command = [sys.executable, "-m", "ziprc.cli", "verify", str(context.layout.home)]
+    command = [sys.executable, "-m", "ziprc.cli", "verify", str(context.graph.layout.home)]
     assert subprocess.run(command, capture_output=True).returncode == 0
     flip(table(context))
     failed = subprocess.run(command, capture_output=True, text=True)
@@ -233,7 +239,7 @@ def test_the_command_exits_with_1_when_something_is_wrong(context: Context) -> N
 
 
 def test_a_second_writer_computes_nothing(context: Context) -> None:
-    other = replace(context, config=Config.model_validate({**CONFIG, "seed": 1}))
+    other = with_config(Config.model_validate({**CONFIG, "seed": 1}), context)
     code = (
         "import sys; from pathlib import Path; from ziprc.store.files import output_lock\n"
         "with output_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -243,14 +249,14 @@ def test_a_second_writer_computes_nothing(context: Context) -> None:
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match=f"being written by another process .pid {holder.pid}"):
-        perform("prompts", prompts.run, other)
+        perform(prompts.run, other)
     holder.communicate()
-    perform("prompts", prompts.run, other)
+    perform(prompts.run, other)
 
 
 def test_a_missing_input_is_named_before_anything_is_computed(context: Context) -> None:
     with pytest.raises(UserError, match=r"checkpoints/base/ziprc\.json does not exist\. Build it first"):
-        perform("rollouts", lambda _: pytest.fail("ran"), context)
+        perform(lambda _: pytest.fail("ran"), Context(context.graph, Ref("rollouts", "train")))
 
 
 @pytest.mark.parametrize(

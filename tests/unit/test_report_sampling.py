@@ -267,7 +267,7 @@ def test_the_figure_for_the_readme_is_a_png(record: dict[str, Any], tmp_path: Pa
 def test_the_summary_has_the_targets_of_sampling_where_a_run_has_them(record: dict[str, Any], tmp_path: Path) -> None:
     head = {"name": "AUROC", "target": 0.8, "direction": "at least", "met": True, "result": {"value": 0.9, "low": None}}
     for name in ("a", "b"):
-        write_json(tmp_path / name / "metrics.json", {"headline": [head]})
+        write_json(tmp_path / name / "metrics/zip-rc.json", {"headline": [head]})
     write_json(tmp_path / "b" / "frontier.json", record)
     lines = summary([tmp_path / "a", tmp_path / "b"]).splitlines()
     assert lines[2] == "| AUROC | ≥ 0.8 | 0.900 | 0.900 | yes, yes |"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doubles import TABLES, tiny_tables, tiny_tokenizer
+from tests.doubles import TABLES, World, tiny_tables, tiny_tokenizer
 from ziprc.config.load import Config
 from ziprc.engines.base import Request, Response
 from ziprc.errors import UserError
@@ -18,7 +18,6 @@ from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, as_data, check_unparseable, read_verdict
 from ziprc.rewards.math import MathGrader
 from ziprc.stages import grades as stage
-from ziprc.stages.context import Context
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
 from ziprc.tables.grades import GRADES, GradeStatus
@@ -208,7 +207,7 @@ def rewrite(layout: Layout, kind: str, rows: list[dict[str, object]]) -> None:
 
 
 def run(layout: Layout, **settings: object) -> list[dict[str, object]]:
-    stage.run(Context(Config.model_validate({"grades": settings}), layout, "train"))
+    stage.run(World(Config.model_validate({"grades": settings}), layout).context("grades", "train"))
     return GRADES.read(layout.table("grades", "train")).to_pylist()
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_model, tiny_tables, tiny_tokenizer
+from tests.doubles import GRID, ROWS, World, tiny_checkpoint, tiny_model, tiny_tables, tiny_tokenizer
 from ziprc.config.base import Runtime
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import Head
@@ -27,7 +27,6 @@ from ziprc.joint.readout import body_states
 from ziprc.joint.vocabulary import VocabLayout
 from ziprc.stages import base as base_stage
 from ziprc.stages import train_joint
-from ziprc.stages.context import Context
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import write_sealed
 from ziprc.tables.grades import GRADES
@@ -463,7 +462,7 @@ def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[Context]:
+def world(tmp_path: Path) -> Iterator[World]:
     torch.set_num_threads(1)
     layout = Layout(tmp_path / "results", "tiny")
     head = {"epochs": 1, "batch_size": 16, "optimizer": "muon", "learning_rate": 1e-3, "reward_centres": (0.0, 1.0)}
@@ -474,13 +473,11 @@ def world(tmp_path: Path) -> Iterator[Context]:
     }  # fmt: skip
     tiny_checkpoint(layout.checkpoint("base"), joint=False)
     tiny_tables(layout, "train", prompts=20, samples=3, unfinished=0.2)
-    yield Context(Config.model_validate({"train_joint": joint, "prompts": {"task": "arithmetic"}}), layout, "noisy")
+    yield World(Config.model_validate({"train_joint": joint, "prompts": {"task": "arithmetic"}}), layout)
 
 
-def test_train_joint_writes_a_checkpoint_that_describes_itself(world: Context) -> None:
-    lines = {
-        name: train_joint.run(Context(world.config, world.layout, name)) for name in ("noisy-fold0", "ziprc", "lite")
-    }
+def test_train_joint_writes_a_checkpoint_that_describes_itself(world: World) -> None:
+    lines = {name: train_joint.run(world.context("train_joint", name)) for name in ("noisy-fold0", "ziprc", "lite")}
     for name, line in lines.items():
         folder = world.layout.checkpoint(name)
         assert read_joint_head(folder).layout.joint_start == 261 and str(folder) in line
@@ -493,7 +490,7 @@ def test_train_joint_writes_a_checkpoint_that_describes_itself(world: Context) -
     assert seen != dropped  # fewer rollouts than the head that sees all folds
 
 
-def test_a_fold_critic_never_sees_prompts_of_its_fold(world: Context) -> None:
+def test_a_fold_critic_never_sees_prompts_of_its_fold(world: World) -> None:
     rollouts = ROLLOUTS.read(world.layout.table("rollouts", "train"))
     for fold in (0, 1):
         seen = train_joint.outside_fold(rollouts, f"noisy-fold{fold}", 2)["prompt_id"].unique().to_pylist()
@@ -501,10 +498,10 @@ def test_a_fold_critic_never_sees_prompts_of_its_fold(world: Context) -> None:
     assert train_joint.outside_fold(rollouts, "ziprc", 2) is rollouts
 
 
-def test_two_runs_of_train_joint_write_the_same_bytes(world: Context) -> None:
+def test_two_runs_of_train_joint_write_the_same_bytes(world: World) -> None:
     digests = []
     for _ in range(2):
-        train_joint.run(Context(world.config, world.layout, "ziprc"))
+        train_joint.run(world.context("train_joint", "ziprc"))
         digests.append(manifest_of(world.layout.checkpoint("ziprc")).read_bytes())
     assert digests[0] == digests[1]
 
@@ -547,7 +544,7 @@ def scratch_config(**base: Any) -> Config:
 def test_base_from_scratch_is_a_normal_transformers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_stage, "get_task", lambda name: TinyTask())
     layout = Layout(tmp_path, "tiny")
-    base_stage.run(Context(scratch_config(), layout, "base"))
+    base_stage.run(World(scratch_config(), layout).context("base", "base"))
     folder = layout.checkpoint("base")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     assert (
@@ -560,7 +557,7 @@ def test_base_from_scratch_is_a_normal_transformers_folder(tmp_path: Path, monke
     assert all(len(tokenizer.decode([i])) == 1 for i in ids[2:8])  # digits stand alone
     assert read_manifest(folder)["base"] == {"model": "scratch"}
     first = (folder / "model.safetensors").read_bytes()
-    base_stage.run(Context(scratch_config(), layout, "base"))
+    base_stage.run(World(scratch_config(), layout).context("base", "base"))
     assert (folder / "model.safetensors").read_bytes() == first
 
 
@@ -575,13 +572,13 @@ def test_the_tokenizer_is_a_function_of_its_corpus() -> None:
 def test_base_copies_a_local_folder_and_refuses_one_without_a_chat_template(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", joint=False)
     layout = Layout(tmp_path, "tiny")
-    base_stage.run(Context(scratch_config(model=str(source)), layout, "base"))
+    base_stage.run(World(scratch_config(model=str(source)), layout).context("base", "base"))
     assert (layout.checkpoint("base") / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert read_manifest(layout.checkpoint("base"))["base"]["model"] == str(source)
     (source / "chat_template.jinja").unlink()
     other = Layout(tmp_path, "other")
     with pytest.raises(UserError, match="no chat template"):
-        base_stage.run(Context(scratch_config(model=str(source)), other, "base"))
+        base_stage.run(World(scratch_config(model=str(source)), other).context("base", "base"))
     assert not manifest_of(other.checkpoint("base")).exists()
 
 
@@ -594,4 +591,4 @@ def test_base_offline_says_which_stage_needs_the_network(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match=r"Stage `base` needs the network.*make fetch EXPERIMENT=tiny"):
-        base_stage.run(Context(scratch_config(model="nobody/nothing"), Layout(tmp_path, "tiny"), "base"))
+        base_stage.run(World(scratch_config(model="nobody/nothing"), Layout(tmp_path, "tiny")).context("base", "base"))

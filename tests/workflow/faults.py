@@ -24,10 +24,12 @@ import psutil
 from tests.workflow.conftest import MICRO, Workplace, environment
 from ziprc.config.load import load
 from ziprc.errors import UserError
+from ziprc.plan.stage import Ref
+from ziprc.stages.context import Context
 from ziprc.store.digests import digest_file
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import described_files
-from ziprc.systems.artifacts import CHECKPOINTS, parents_of, target_of
+from ziprc.systems import graph_of
 
 STAGES = {
     "prompts": "train",
@@ -41,7 +43,7 @@ STAGES = {
     "calibration": "ziprc",
     "frontier": "frontier",
     "samples": "zip-rc-plus-branching",
-    "evaluate": "metrics",
+    "evaluate": "zip-rc",
     "report": "report",
 }
 PATIENCE_S = 300
@@ -88,7 +90,8 @@ class Bench:
         self.folder, self.stage, self.name, self.overrides = folder, stage, STAGES[stage], overrides
         self.config = load(MICRO, built.experiment, overrides)
         self.layout = Layout(folder / "results", built.experiment)
-        self.target = target_of(self.layout, stage, self.name)
+        self.context = Context(graph_of(self.config, self.layout), Ref(stage, self.name))
+        self.target = self.context.target
         # The report shows times, so what is wanted of it, as of another setting, is what the first undisturbed run makes.
         self.wanted = {} if overrides or stage == "report" else self.found()
         self.forget()
@@ -99,7 +102,7 @@ class Bench:
 
     @property
     def parents(self) -> dict[str, Path]:
-        return parents_of(self.config, self.layout, self.stage, self.name)
+        return self.context.reads
 
     def found(self) -> dict[str, str]:
         """Digests of the artifact and of its manifest, after a check of one against the other."""
@@ -111,7 +114,7 @@ class Bench:
 
     def forget(self) -> None:
         """Remove the artifact and all that is kept for making it."""
-        if self.stage in CHECKPOINTS:
+        if not self.target.suffix:
             shutil.rmtree(self.target, ignore_errors=True)
         for path in (self.target, self.manifest, self.layout.provenance(self.stage, self.name)):
             if path.is_file():
@@ -123,7 +126,7 @@ class Bench:
         """Nothing wrong or half under the final name: absent, or to the bit what an undisturbed run makes."""
         if self.manifest.exists():
             self.check_same()
-        elif self.stage not in CHECKPOINTS and self.target.exists():
+        elif self.target.suffix and self.target.exists():
             assert digest_file(self.target) == self.wanted[self.target.name]
 
     def check_final(self) -> None:
@@ -280,7 +283,7 @@ def kill_launcher(bench: Bench, rng: random.Random) -> None:
 def terminate(bench: Bench, rng: random.Random) -> None:
     """SIGTERM to every process, as a scheduler does that preempts; training saves its state and goes on from it."""
     seconds = bench.timed()
-    trains = bench.stage in CHECKPOINTS
+    trains = not bench.target.suffix
     states = bench.target.parent / f".{bench.target.name}.training"
     for _ in range(TRIES):
         running = bench.start()

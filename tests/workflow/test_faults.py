@@ -21,7 +21,7 @@ import pytest
 from tests.workflow import faults
 from tests.workflow.conftest import Workplace
 from tests.workflow.faults import LEDGER, STAGES, Bench
-from ziprc.stages.context import Context, perform
+from ziprc.stages.context import perform
 from ziprc.store.digests import digest_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -95,12 +95,12 @@ def bench(built: Workplace, tmp_path: Path, stage: str, trials: Trials) -> Bench
 
 def make(bench: Bench) -> str:
     module = importlib.import_module(f"ziprc.stages.{bench.stage}")
-    return perform(bench.stage, module.run, Context(bench.config, bench.layout, bench.name))
+    return perform(module.run, bench.context)
 
 
 def begin(bench: Bench) -> str:
     """As `make`, but the stage must not get as far as computing anything."""
-    return perform(bench.stage, lambda _: pytest.fail("computed"), Context(bench.config, bench.layout, bench.name))
+    return perform(lambda _: pytest.fail("computed"), bench.context)
 
 
 # --- disks and files, in this process ---

@@ -36,6 +36,7 @@ class Config(Section):
     """A resolved experiment."""
 
     seed: int = 0
+    systems: tuple[str, ...] = ("zip-rc",)
     prompts: Prompts = Prompts()
     base: Base = Base()
     rollouts: Rollouts = Rollouts()

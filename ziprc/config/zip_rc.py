@@ -8,6 +8,9 @@ from pydantic import Field
 
 from ziprc.config.base import Increasing, Section, Unit
 
+# What can run live on an engine, by the names of their tables.
+LIVE_POLICIES = ("zip-rc-plus", "zip-rc-plus-branching", "zip-rc-plus-wide", "zip-rc", "majority")
+
 
 class Head(Section):
     """One joint head: its label, its loss and its optimiser."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-DECIMALS = 6  # of a number in metrics.json
+DECIMALS = 6  # of a number in a record
 MIN_DEFINED = 0.5  # an interval needs this share of replicates in which the statistic exists
 
 Floats = NDArray[np.floating]

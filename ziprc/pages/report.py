@@ -1,6 +1,6 @@
 """One self-contained page that says what was run and what came out, failures included.
 
-Everything is made from metrics.json, frontier.json, the manifests, the resolved configuration and the benchmark files; no
+Everything is made from the metrics, frontier.json, the manifests, the resolved configuration and the benchmark files; no
 number is computed here. Adaptive sampling, for which the head is there, comes first (report_sampling.py). Styles are
 inline, figures are inline SVG, text that a model or a user wrote is escaped, and nothing is fetched, so the file can be
 mailed or archived.

@@ -26,10 +26,10 @@ def cell(result: Record | float | None) -> str:
 
 def headline(home: Path) -> dict[str, Record]:
     """The targets of one run by name; those of adaptive sampling where they were measured."""
-    files = [path for path in (home / "metrics.json", home / "frontier.json") if path.exists()]
+    files = [path for path in (home / "metrics/zip-rc.json", home / "frontier.json") if path.exists()]
     if not files:
         raise UserError(
-            f"{home} holds neither metrics.json nor frontier.json. Build it: `make all EXPERIMENT={home.name}`."
+            f"{home} holds neither metrics/zip-rc.json nor frontier.json. Build it: `make all EXPERIMENT={home.name}`."
         )
     return {record["name"]: record for path in files for record in read_json(path)["headline"]}
 

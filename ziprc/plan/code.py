@@ -1,7 +1,8 @@
 """Which code a stage runs, as a digest: a param of its rule, so that a change of code reruns what it touches.
 
-The digest covers the stage's imports inside the package, transitively, as syntax trees: comments, layout and docstrings do
-not count. Modules that change no result are left out. Imports no torch.
+The digest covers the stage's imports inside the package, transitively, and the modules that it chooses by name while it
+runs, as syntax trees: comments, layout and docstrings do not count. Rooms that change no result are left out: what is made
+of what, settings (their values are params), how a stage is started. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,21 +13,17 @@ import hashlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-# These change no result.
-UNDIGESTED = {
-    f"ziprc{name}"
-    for name in (
-        "",
-        ".cli",
-        ".code",
-        ".config",
-        ".engines.watchdog",
-        ".errors",
-        ".progress",
-        ".provenance",
-        ".stages.context",
-    )
-}
+# Rooms and modules that change no result.
+UNDIGESTED = (
+    "cli", "config", "engines.watchdog", "errors", "plan", "processor", "progress", "stages.context", "store.files",
+    "store.layout", "store.manifest", "systems", "workflow",
+)  # fmt: skip
+
+
+def counts(module: str) -> bool:
+    """Whether a module of the package is part of a digest."""
+    name = module.removeprefix("ziprc").removeprefix(".")
+    return bool(name) and not any(name == left or name.startswith(f"{left}.") for left in UNDIGESTED)
 
 
 def _module_file(module: str) -> Path | None:
@@ -57,19 +54,18 @@ def _parse(module: str) -> tuple[str, frozenset[str]]:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), own
 
 
-@functools.cache
-def code_digest(stage: str, task: str = "") -> str:
-    """Digest of the code that stage module `ziprc.stages.<stage>` can run: its imports inside ziprc, transitively.
-
-    Tasks are found by name at run time, so a stage that uses tasks runs the module of the experiment's `task` too.
-    """
-    waiting, digests = {f"ziprc.stages.{stage}"}, {}
+def modules_of(stage: str, chosen: tuple[str, ...] = ()) -> dict[str, str]:
+    """Digest of every module that stage module `ziprc.stages.<stage>` can run, those `chosen` by name included."""
+    waiting, digests = {f"ziprc.stages.{stage}", *chosen}, {}
     while waiting:
         module = waiting.pop()
-        if module == "ziprc.tasks.base" and task:
-            waiting.add(f"ziprc.tasks.{task}")
-        if module in digests or module in UNDIGESTED:
-            continue
-        digests[module], imports = _parse(module)
-        waiting |= imports
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:16]
+        if module not in digests and counts(module):
+            digests[module], imports = _parse(module)
+            waiting |= imports
+    return digests
+
+
+@functools.cache
+def code_digest(stage: str, chosen: tuple[str, ...] = ()) -> str:
+    """One digest of `modules_of`."""
+    return hashlib.sha256(repr(sorted(modules_of(stage, chosen).items())).encode()).hexdigest()[:16]

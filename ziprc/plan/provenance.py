@@ -20,11 +20,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.plan.code import PACKAGE, code_digest
+from ziprc.plan.code import PACKAGE
+from ziprc.plan.graph import Graph
+from ziprc.plan.stage import Ref
 from ziprc.store.digests import digest_bytes, digest_file
 from ziprc.store.files import write_text
 from ziprc.store.layout import Layout, manifest_of
@@ -34,8 +36,6 @@ from ziprc.store.manifest import (
     require_intact,
     write_sealed,
 )
-from ziprc.systems.artifacts import parents_of, target_of
-from ziprc.systems.names import params_of
 
 # Distributions that can change a result; the first name that is installed counts.
 PACKAGES = (
@@ -64,19 +64,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def recipe_of(config: Config, layout: Layout, stage: str, name: str) -> dict[str, Any]:
+def recipe_of(graph: Graph, ref: Ref) -> dict[str, Any]:
     """Everything that an artifact follows from. The parents have to be there."""
     return {
-        "params": params_of(config, stage, name),
-        "code": code_digest(stage, config.prompts.task),
-        "parents": manifest_digests(parents_of(config, layout, stage, name)),
+        "params": graph.params(ref),
+        "code": graph.code(ref),
+        "parents": manifest_digests(graph.reads(ref)),
         "packages": versions(),
     }
 
 
-def is_current(layout: Layout, stage: str, name: str, recipe: Mapping[str, Any]) -> bool:
+def record_path(graph: Graph, ref: Ref) -> Path:
+    return graph.layout.provenance(ref.stage, ref.name)
+
+
+def is_current(graph: Graph, ref: Ref, recipe: Mapping[str, Any]) -> bool:
     """Whether the artifact is there, intact, and was made by this recipe."""
-    target, path = target_of(layout, stage, name), layout.provenance(stage, name)
+    target, path = graph.target(ref), record_path(graph, ref)
     if not path.exists() or not manifest_of(target).exists():
         return False
     try:
@@ -98,20 +102,18 @@ class Clock:
         return time.monotonic() - self.monotonic
 
 
-def write_record(
-    config: Config, layout: Layout, stage: str, name: str, recipe: Mapping[str, Any], clock: Clock
-) -> None:
+def write_record(graph: Graph, ref: Ref, recipe: Mapping[str, Any], clock: Clock) -> None:
     """Write the provenance of an artifact whose manifest has just been written."""
-    parents = parents_of(config, layout, stage, name)
+    layout = graph.layout
     record = {
-        "stage": stage,
-        "name": name,
+        "stage": ref.stage,
+        "name": ref.name,
         "experiment": layout.experiment,
-        "manifest": digest_file(manifest_of(target_of(layout, stage, name))),
+        "manifest": digest_file(manifest_of(graph.target(ref))),
         "recipe": dict(recipe),
-        "parents": {role: os.path.relpath(path, layout.home) for role, path in sorted(parents.items())},
-        "config": config.model_dump(mode="json"),
-        "seed": config.seed,
+        "parents": {role: os.path.relpath(path, layout.home) for role, path in sorted(graph.reads(ref).items())},
+        "config": graph.config.model_dump(mode="json"),
+        "seed": graph.config.seed,
         "code": revision(layout),
         "python": platform.python_version(),
         "machine": machine(),
@@ -119,7 +121,7 @@ def write_record(
         "seconds": round(clock.seconds(), 2),
         "peak_memory_mib": peak_memory_mib(),
     }
-    write_sealed(layout.provenance(stage, name), record)
+    write_sealed(record_path(graph, ref), record)
 
 
 def machine() -> dict[str, Any]:

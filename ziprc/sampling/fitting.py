@@ -25,7 +25,6 @@ from ziprc.sampling.score import INPUTS, Logistic, Stages, inputs, stage_of, tok
 from ziprc.sampling.selection import VoteModel
 from ziprc.sampling.tree import NO_ANSWER, Status, Trees
 from ziprc.store.files import read_json
-from ziprc.systems.artifacts import calibration_file
 
 VOTE_SIZES = (1, 2, 4, 8, 16)  # numbers of samples on which the vote model is fitted
 STATES_FOR_JOINT = 50_000
@@ -132,7 +131,7 @@ class Fitted:
 
 def read_fitted(checkpoint: Path, grid: BinGrid) -> Fitted:
     """The calibration of a checkpoint; UserError when there is none or when it belongs to another grid."""
-    path = calibration_file(checkpoint)
+    path = checkpoint / "calibration.json"
     if not path.exists():
         raise UserError(f"{checkpoint} is not calibrated: there is no {path.name}. Build it: `make {path}`.")
     fitted = Fitted.from_dict(read_json(path))

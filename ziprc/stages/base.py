@@ -18,7 +18,6 @@ from ziprc.store.digests import derived_seed, digest_file
 from ziprc.store.files import atomic_folder
 from ziprc.store.layout import CHECKPOINT_MANIFEST
 from ziprc.store.manifest import write_sealed
-from ziprc.systems.names import params_of
 from ziprc.tasks.base import TeachingTask, get_task
 from ziprc.training.optimizers import OptimizerSettings
 from ziprc.training.order import MicroBatches, plan_by_tokens
@@ -45,15 +44,20 @@ def run(context: Context) -> str:
 
 def train(context: Context) -> str:
     """Train the small model on the task's traces; returns the closing line."""
-    config, target = context.config, context.layout.checkpoint("base")
+    config, target = context.config, context.target
     settings, runtime, seed = config.base, config.runtime, derived_seed(config.seed, "base")
     task = get_task(config.prompts.task)
     if not isinstance(task, TeachingTask):
         raise UserError(
             f"Task '{config.prompts.task}' has no traces to learn from, so base.model cannot be '{SCRATCH}'."
         )
-    params = params_of(config, "base", "base")
-    record = {"objective": "language", "params": params, "base": {"model": SCRATCH}, "parents": {}, "seed": seed}
+    record = {
+        "objective": "language",
+        "params": context.params,
+        "base": {"model": SCRATCH},
+        "parents": {},
+        "seed": seed,
+    }
 
     tokenizer = build_tokenizer(task.vocabulary_corpus(), settings.architecture)
     model = build_model(settings.architecture, tokenizer, seed)
@@ -72,21 +76,20 @@ def train(context: Context) -> str:
 
 def fetch(context: Context) -> str:
     """Copy a local or Hub model into the experiment; returns the closing line."""
-    settings, target = context.config.base, context.layout.checkpoint("base")
+    settings, target = context.config.base, context.target
     if not is_main_process():
         return ""
     record: dict[str, Any] = {
         "objective": "fetched",
-        "params": {"model": settings.model, "revision": settings.revision},
+        "params": context.params,
         "base": {"model": settings.model, "revision": settings.revision},
         "parents": {},
-        "seed": context.config.seed,
     }
     with atomic_folder(target) as private:
         if Path(settings.model).is_dir():
             copy_model(Path(settings.model), private)
         else:
-            download_model(settings.model, settings.revision, private, context.layout.experiment)
+            download_model(settings.model, settings.revision, private, context.graph.layout.experiment)
         check_model(private, settings.model)
         files = {p.name: digest_file(p) for p in sorted(private.iterdir()) if p.is_file()}
         write_sealed(private / CHECKPOINT_MANIFEST, {**record, "files": files})

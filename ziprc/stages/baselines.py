@@ -24,7 +24,6 @@ from ziprc.reading.logits import TokenScores, token_scores
 from ziprc.reading.states import load_for_reading, token_pairs
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed
-from ziprc.systems.artifacts import parents_of
 from ziprc.tables.baselines import BASELINES
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
@@ -69,8 +68,7 @@ def prediction_table(ids: pa.Array, predictions: Predictions) -> pa.Table:
 
 
 def run(context: Context) -> str:
-    config, layout = context.config, context.layout
-    target, sources = layout.table("baselines", context.name), parents_of(config, layout, "baselines", context.name)
+    config, sources = context.config, context.reads
     base = sources["base"]
     rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
     known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))
@@ -81,9 +79,8 @@ def run(context: Context) -> str:
     settings = ProbeSettings(config.baselines.probe_hidden, config.baselines.probe_epochs, seed)
     predictions = all_predictions(seen, known.score, known.group, asked, settings)
     table = prediction_table(test["rollout_id"].combine_chunks(), predictions)
-    BASELINES.write(target, table)
-    context.write_manifest("baselines")
-    return f"wrote {table.num_rows} predictions for {test.num_rows} rollouts to {target}"
+    context.write(BASELINES, table)
+    return f"wrote {table.num_rows} predictions for {test.num_rows} rollouts to {context.target}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What every stage is given, and how it starts and ends.
 
 A stage is started as `accelerate launch -m ziprc.stages.<stage> --experiment toy --name train [--set a.b=c …]`; it
-reads and writes where `Layout` says. Before anything is computed, its inputs are compared with their digests, and an
-artifact that the same recipe has made already is left as it is. One process at a time writes an artifact. On success
-the stage prints one line that says what was written where; a `UserError` ends it with one paragraph and exit code 2,
-SIGTERM (a preemption, say) with one sentence and exit code 143. Whatever ends it, the same command goes on from there.
+reads and writes where its declaration says (ziprc/systems/). Before anything is computed, its inputs are compared with
+their digests, and an artifact that the same recipe has made already is left as it is. One process at a time writes an
+artifact. On success the stage prints one line that says what was written where; a `UserError` ends it with one paragraph
+and exit code 2, SIGTERM (a preemption, say) with one sentence and exit code 143. Whatever ends it, the same command goes on
+from there.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ziprc.config.load import Config, load
 from ziprc.errors import UserError
+from ziprc.plan.graph import Graph
 from ziprc.plan.provenance import Clock, is_current, recipe_of, write_record
+from ziprc.plan.stage import Ref
 from ziprc.store.files import disk_errors_explained, output_lock
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import require_intact, write_manifest
-from ziprc.systems.artifacts import parents_of, target_of
-from ziprc.systems.names import params_of
+from ziprc.systems import graph_of
+from ziprc.tables.check import TableSchema
 
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -36,16 +41,47 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Context:
-    """The resolved experiment, its paths, and which of the stage's artifacts is wanted (`train`, `ziprc`, …)."""
+    """Which artifact is wanted, and of it: what its name means, where it goes, where its inputs are."""
 
-    config: Config
-    layout: Layout
-    name: str
+    graph: Graph
+    ref: Ref
 
-    def write_manifest(self, stage: str) -> None:
-        """Describe the file that the stage has just written: digest, params of its rule, digests of its parents."""
-        parents = parents_of(self.config, self.layout, stage, self.name)
-        write_manifest(target_of(self.layout, stage, self.name), params_of(self.config, stage, self.name), parents)
+    @property
+    def config(self) -> Config:
+        return self.graph.config
+
+    @property
+    def name(self) -> str:
+        return self.ref.name
+
+    @property
+    def variant(self) -> Any:
+        """What the name means to the stage, a record of the declaration's own type."""
+        return self.graph.variant(self.ref)
+
+    @property
+    def target(self) -> Path:
+        """The artifact: a table, a model folder or a single file."""
+        return self.graph.target(self.ref)
+
+    @property
+    def reads(self) -> dict[str, Path]:
+        """The inputs by role."""
+        return self.graph.reads(self.ref)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Keys of the configuration that the artifact depends on, with their values."""
+        return self.graph.params(self.ref)
+
+    def write(self, schema: TableSchema, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the stage's table and describe it."""
+        schema.write(self.target, table, metadata)
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Describe the file that the stage has just written: digest, params, digests of its parents."""
+        write_manifest(self.target, self.params, self.reads)
 
 
 Run = Callable[[Context], str]
@@ -63,46 +99,51 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25")
 
 
+def context_of(options: argparse.Namespace, stage: str) -> Context:
+    """The context that a command line names; UserError for an experiment, a stage or a name that there is not."""
+    config = load(options.config_file, options.experiment, options.set)
+    context = Context(graph_of(config, Layout(options.results, options.experiment)), Ref(stage, options.name))
+    _ = context.variant
+    return context
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0 of an accelerate launch."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def perform(stage: str, run: Run, context: Context) -> str:
+def perform(run: Run, context: Context) -> str:
     """Make the artifact unless it is there already, with its provenance; the closing line.
 
     Raises UserError for inputs that are missing or damaged, for an output that somebody else is writing, and for a disk
     that is full or read-only.
     """
-    clock, config, layout, name = Clock(), context.config, context.layout, context.name
-    target, main = target_of(layout, stage, name), is_main_process()
-    with disk_errors_explained(layout.home), output_lock(target) if main else contextlib.nullcontext():
+    clock, main, home = Clock(), is_main_process(), context.graph.layout.home
+    with disk_errors_explained(home), output_lock(context.target) if main else contextlib.nullcontext():
         if main:
-            for parent in parents_of(config, layout, stage, name).values():
+            for parent in context.reads.values():
                 require_intact(parent)
-        if done := already_made(stage, context):
+        if done := already_made(context):
             return done
-        recipe = recipe_of(config, layout, stage, name)
+        recipe = recipe_of(context.graph, context.ref)
         line = run(context)
         if main:
-            write_record(config, layout, stage, name, recipe, clock)
+            write_record(context.graph, context.ref, recipe, clock)
     return f"{line} ({clock.seconds():.1f} s)"
 
 
-def already_made(stage: str, context: Context) -> str | None:
+def already_made(context: Context) -> str | None:
     """The closing line of a stage that has nothing to do; its artifact is made younger than its inputs.
 
     Raises UserError when an input is missing.
     """
-    config, layout, name = context.config, context.layout, context.name
-    if not is_current(layout, stage, name, recipe_of(config, layout, stage, name)):
+    if not is_current(context.graph, context.ref, recipe_of(context.graph, context.ref)):
         return None
-    target = target_of(layout, stage, name)
     if is_main_process():
-        for path in {target, manifest_of(target)}:
+        for path in {context.target, manifest_of(context.target)}:
             if path.is_file():
                 os.utime(path)
-    return f"nothing to do, {target} is there, made from the same inputs, settings, code and packages"
+    return f"nothing to do, {context.target} is there, made from the same inputs, settings, code and packages"
 
 
 def run_stage(stage: str, run: Run, argv: Sequence[str] | None = None) -> None:
@@ -120,14 +161,13 @@ def run_stage(stage: str, run: Run, argv: Sequence[str] | None = None) -> None:
     _end_with_launcher()
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        config = load(options.config_file, options.experiment, options.set)
-        line = perform(stage, run, Context(config, Layout(options.results, options.experiment), options.name))
+        line = perform(run, context_of(options, stage))
     except UserError as error:
         print(f"error in stage {what}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except Terminated:
         print(
-            f"stage {what} was stopped by SIGTERM. Nothing is half-written; finished shards are kept. Run the same "
+            f"stage {what} was stopped by SIGTERM. Nothing is half-written; finished pieces are kept. Run the same "
             "command again to go on.",
             file=sys.stderr,
             flush=True,

@@ -1,26 +1,24 @@
-"""evaluate: what the numbers mean, in results/<experiment>/metrics.json (records: evaluation/metrics.py).
+"""evaluate: what the numbers of a system mean, in results/<experiment>/metrics/<system>.json.
 
-Held-out prompts only; every number with a bootstrap interval over prompts. Predictors are compared on the same rollouts
-at the start, 25, 50, 75 % and the end; at the end a joint head's expected reward is the mean over its last states.
+Held-out prompts only; every number with a bootstrap interval over prompts. Each system has a module that makes its record
+(`System.evaluation`; for ZIP-RC evaluation/head/record.py).
 """
 
 from __future__ import annotations
 
-from ziprc.evaluation.head.record import Evaluation
+import importlib
+
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.files import write_json
 
 
 def run(context: Context) -> str:
-    target = context.layout.home / "metrics.json"
-    evaluation = Evaluation(context.config, context.layout)
-    metrics = evaluation.metrics()
-    write_json(target, metrics)
-    context.write_manifest("evaluate")
+    metrics = importlib.import_module(context.variant.evaluation).metrics(context.config, context.reads)
+    write_json(context.target, {"experiment": context.graph.layout.experiment} | metrics)
+    context.write_manifest()
     met = [record["met"] for record in metrics["headline"]]
-    return (
-        f"wrote {target}: {sum(map(bool, met))} of {len(met)} targets met on {evaluation.boot.prompts} held-out prompts"
-    )
+    prompts = metrics["counts"]["prompts"]["test"]
+    return f"wrote {context.target}: {sum(map(bool, met))} of {len(met)} targets met on {prompts} held-out prompts"
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ NUMPY_SEEDS = 2**31
 
 def run(context: Context) -> str:
     """Write frontier.json."""
-    config, layout = context.config, context.layout
-    checkpoint, target = layout.checkpoint("ziprc"), layout.home / "frontier.json"
-    pools = {split: read_pool(config, layout, f"{split}-ziprc") for split in ("validation", "test")}
-    fitted = read_fitted(checkpoint, pools["test"].grid)
+    config, target, reads = context.config, context.target, context.reads
+    pools = {split: read_pool(reads, split, config.prompts.task) for split in ("validation", "test")}
+    fitted = read_fitted(reads["checkpoint"], pools["test"].grid)
     seed = derived_seed(config.seed, "frontier") % NUMPY_SEEDS
     record = sampling_record(config.frontier, fitted, pools["validation"], pools["test"], seed)
     write_json(target, record)
-    context.write_manifest("frontier")
+    context.write_manifest()
     met = [row["met"] for row in record["headline"]]
     families, prompts = len(record["families"]), len(pools["test"].prompt_ids)
     return f"{families} families on {prompts} prompts, {met.count(True)} of {len(met)} targets met, wrote {target}"

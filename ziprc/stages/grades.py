@@ -26,7 +26,6 @@ from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, check_unparseable
 from ziprc.rewards.math import MathGrader
 from ziprc.stages.context import Context, run_stage
-from ziprc.systems.names import prompts_of
 from ziprc.tables.grades import GRADES, GradeStatus
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
@@ -158,17 +157,13 @@ def grade(config: Config, rollouts: Sequence[Row], prompts: Mapping[str, Row], s
 
 
 def run(context: Context) -> str:
-    config, layout = context.config, context.layout
-    source = layout.table("prompts", prompts_of(context.name))
-    facts, target = layout.table("rollouts", context.name), layout.table("grades", context.name)
-
+    source, target = context.reads["prompts"], context.target
     prompts = {row["prompt_id"]: row for row in PROMPTS.read(source).to_pylist()}
     wanted = ["rollout_id", "prompt_id", "response_text", "finish_reason"]
-    rollouts = ROLLOUTS.read(facts).select(wanted).to_pylist()
+    rollouts = ROLLOUTS.read(context.reads["rollouts"]).select(wanted).to_pylist()
     check_prompts(rollouts, prompts, source)
-    grades = grade(config, rollouts, {r["prompt_id"]: prompts[r["prompt_id"]] for r in rollouts}, source)
-    GRADES.write(target, GRADES.make(grades))
-    context.write_manifest("grades")
+    grades = grade(context.config, rollouts, {r["prompt_id"]: prompts[r["prompt_id"]] for r in rollouts}, source)
+    context.write(GRADES, GRADES.make(grades))
     return f"wrote {len(grades)} grades to {target}: {summary(grades)}"
 
 

@@ -10,23 +10,19 @@ from ziprc.evaluation.outcomes import response_lengths
 from ziprc.reading.states import JointReader, write_states
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.files import require_space
-from ziprc.systems.names import introspected
 from ziprc.tables.rollouts import ROLLOUTS
 
 SCALAR_BYTES = 20  # five numbers beside the joint
 
 
 def run(context: Context) -> str:
-    config, layout = context.config, context.layout
-    target = layout.table("introspection", context.name)
-    pool, head = introspected(context.name)
-    source, checkpoint = layout.table("rollouts", pool), layout.checkpoint(head)
-    rollouts = ROLLOUTS.read(source)
-    reader = JointReader.open(checkpoint, config.introspection.dtype)
+    config, target = context.config, context.target
+    rollouts = ROLLOUTS.read(context.reads["rollouts"])
+    reader = JointReader.open(context.reads["checkpoint"], config.introspection.dtype)
     per_state = 2 * reader.joint.grid.size + SCALAR_BYTES
     require_space(target.parent, int(response_lengths(rollouts).sum()) * per_state)
     states = write_states(target, rollouts, reader, config.runtime.forward_tokens, config.runtime.position_chunk)
-    context.write_manifest("introspection")
+    context.write_manifest()
     return f"wrote {states} states of {rollouts.num_rows} rollouts to {target}"
 
 

@@ -1,4 +1,4 @@
-"""report: the page results/<experiment>/report.html, from metrics.json, frontier.json, live samples, manifests, provenance."""
+"""report: the page results/<experiment>/report.html, from the metrics, frontier.json, live samples, manifests, provenance."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ def live(samples: Path, own: Evaluate) -> dict[str, Any]:
 
 
 def run(context: Context) -> str:
-    config, layout = context.config, context.layout
-    target, metrics, frontier = (layout.home / name for name in ("report.html", "metrics.json", "frontier.json"))
-    samples = {policy: layout.table("samples", policy) for policy in config.samples.policies}
+    config, layout, reads = context.config, context.graph.layout, context.reads
     shown = config.report.rollouts_shown
     page = Page(
-        metrics=read_json(metrics),
-        config=config.model_dump(mode="json"),
+        metrics=read_json(reads["metrics/zip-rc"]),
+        config=context.params,
         graph=read_graph(layout),
         costs=read_costs(layout.home / "provenance"),
         rollouts=load_rollouts(layout, "ziprc", shown) if shown else (),
-        sampling=read_json(frontier),
-        live={policy: live(path, config.evaluate) for policy, path in samples.items()},
+        sampling=read_json(reads["frontier"]),
+        live={policy: live(reads[f"samples/{policy}"], config.evaluate) for policy in config.samples.policies},
     )
-    write_text(target, render(page))
-    context.write_manifest("report")
-    return f"wrote {target}"
+    write_text(context.target, render(page))
+    context.write_manifest()
+    return f"wrote {context.target}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +21,22 @@ from ziprc.chat import prompt_token_ids
 from ziprc.config.load import Config
 from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
-from ziprc.errors import UserError, nearest
+from ziprc.errors import UserError
 from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed, digest_file, digest_json
 from ziprc.store.files import require_space
 from ziprc.store.manifest import manifest_digests
-from ziprc.systems.artifacts import parents_of
-from ziprc.systems.names import POOLS, head_names, params_of, policy_of, prompts_of
+from ziprc.systems.shared import RolloutsOf
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
-
-Samples = tuple[tuple[bool, int], ...]  # (with thinking?, how many)
 
 BYTES_PER_TOKEN = 6  # of id and text, compressed, in the shards and in the merged table
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a name stands for: which prompts, which policy, how many samples with and without thinking."""
-
-    prompts: str
-    limit: int | None
-    policy: str
-    samples: Samples
-
-
-def plan_of(config: Config, name: str) -> Plan:
-    """The plan of a table name; UserError naming the known ones."""
-    own = config.rollouts
-    thinking = own.test_thinking
-    counts: dict[str, tuple[int | None, Samples]] = {
-        "train": (None, ((True, own.thinking_samples), (False, own.non_thinking_samples))),
-        **{f"test-{head}": (None, ((thinking, own.test_samples),)) for head in head_names(config)},
-        "test": (None, ((thinking, own.test_samples),)),
-        "test-many": (own.many_prompts, ((thinking, own.many_samples),)),
-        **{pool: (own.pool_prompts, ((thinking, own.pool_samples),)) for pool in POOLS},
-    }
-    if name not in counts:
-        raise UserError(f"There is no rollouts table '{name}'{nearest(name, counts)}.")
-    limit, samples = counts[name]
-    return Plan(prompts_of(name), limit, policy_of(config, name), samples)
-
-
-def wanted_of(prompt: dict[str, Any], plan: Plan, tokenizer: Any, seed: int) -> Iterator[Wanted]:
+def wanted_of(prompt: dict[str, Any], of: RolloutsOf, tokenizer: Any, seed: int) -> Iterator[Wanted]:
     """The rollouts of one prompt. Seeds do not depend on the policy."""
-    for thinking, count in plan.samples:
+    for thinking, count in of.samples:
         ids = tuple(prompt_token_ids(tokenizer, prompt["messages"], thinking)) if count else ()
         for index in range(count):
             own_seed = derived_seed(seed, prompt["prompt_id"], thinking, index)
@@ -104,20 +73,18 @@ def _tokenizer_digest(folder: Path) -> str:
 
 
 def run(context: Context) -> str:
-    config, layout = context.config, context.layout
-    plan = plan_of(config, context.name)
-    policy, source = layout.checkpoint(plan.policy), layout.table("prompts", plan.prompts)
-    target, params = layout.table("rollouts", context.name), params_of(config, "rollouts", context.name)
+    config, of, target, params = context.config, context.variant, context.target, context.params
+    policy = context.reads["policy"]
 
-    prompts = PROMPTS.read(source).slice(0, plan.limit).to_pylist()
+    prompts = PROMPTS.read(context.reads["prompts"]).slice(0, of.limit).to_pylist()
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
     tokenizer = load_tokenizer(policy)
-    wanted = [list(wanted_of(prompt, plan, tokenizer, config.seed)) for prompt in prompts]
+    wanted = [list(wanted_of(prompt, of, tokenizer, config.seed)) for prompt in prompts]
     check_fit(wanted, config)
     settings = engine_settings(config, policy, tokenizer)
     require_space(target.parent, sum(map(len, wanted)) * config.rollouts.max_new_tokens * BYTES_PER_TOKEN)
 
-    digest = digest_json([params, manifest_digests(parents_of(config, layout, "rollouts", context.name))])
+    digest = digest_json([params, manifest_digests(context.reads)])
     work = target.parent / f".{target.stem}.shards"
     shards = shards_of(wanted, config.rollouts.shard_prompts, work, digest)
     drop_stale(work, shards)
@@ -127,13 +94,12 @@ def run(context: Context) -> str:
         config.rollouts.engine,
         config.runtime.workers,
         settings,
-        plan.policy,
+        of.policy.name,
         config.rollouts.max_new_tokens,
     )
     table = pa.concat_tables(ROLLOUTS.read(shard.path) for shard in shards)
     metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
-    ROLLOUTS.write(target, table, metadata)
-    context.write_manifest("rollouts")
+    context.write(ROLLOUTS, table, metadata)
     shutil.rmtree(work)
     return _closing_line(table, target)
 

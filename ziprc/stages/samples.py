@@ -126,23 +126,22 @@ def setting_for(name: str, budget: float, frontier: dict[str, Any], fitted: Fitt
 
 
 def run(context: Context) -> str:
-    config, layout, name = context.config, context.layout, context.name
-    folder, target = layout.checkpoint("ziprc"), layout.table("samples", name)
-    fitted, frontier = read_fitted(folder, read_joint_head(folder).grid), read_json(layout.home / "frontier.json")
+    config, name, target, reads = context.config, context.name, context.target, context.reads
+    folder = reads["checkpoint"]
+    fitted, frontier = read_fitted(folder, read_joint_head(folder).grid), read_json(reads["frontier"])
     budgets = config.samples.majority_budgets if name == "majority" else config.samples.budgets
     settings = {budget: setting_for(name, budget, frontier, fitted) for budget in budgets}
     for setting in settings.values():
         budget_of(config, setting)
-    prompts = PROMPTS.read(layout.table("prompts", "test")).slice(0, config.samples.prompts).to_pylist()
+    prompts = PROMPTS.read(reads["prompts"]).slice(0, config.samples.prompts).to_pylist()
     tokenizer = load_tokenizer(folder)
     questions = questions_of(prompts, tokenizer, config)
     with open_engine(config, folder, tokenizer) as engine:
         bench = Bench(engine, questions, prompts, config, tokenizer)
         done = {f"{b:g}": bench.at_budget(setting, f"{b:g}", f"samples {name}") for b, setting in settings.items()}
     table = pa.concat_tables(table for table, _ in done.values())
-    SAMPLES.write(target, table)
     write_json(target.with_suffix(".timing.json"), {budget: times for budget, (_, times) in done.items()})
-    context.write_manifest("samples")
+    context.write(SAMPLES, table)
     return f"answered {len(questions)} prompts at {len(settings)} budgets, {table.num_rows} rows, wrote {target}"
 
 

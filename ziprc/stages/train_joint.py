@@ -17,8 +17,6 @@ from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import manifest_digests
-from ziprc.systems.artifacts import parents_of
-from ziprc.systems.names import head_of, head_params
 from ziprc.tables.check import TEXT
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
@@ -30,21 +28,19 @@ from ziprc.training.trainees import freeze, joint_objective, joint_trainee
 from ziprc.training.trainer import fit, forget_states, state_folder, world_size
 
 
-def outside_fold(rollouts: pa.Table, name: str, folds: int) -> pa.Table:
-    """For `noisy-fold<i>`, the rollouts whose prompt is not in fold i; for every other head, all."""
-    _, fold, number = name.partition("-fold")
-    if not fold:
+def outside_fold(rollouts: pa.Table, fold: int | None, folds: int) -> pa.Table:
+    """The rollouts whose prompt is not in the fold; all where there is none."""
+    if fold is None:
         return rollouts
     prompts = rollouts["prompt_id"].unique().to_pylist()
-    wanted = pa.array([p for p in prompts if prompt_fold(p, folds) != int(number)], TEXT)
+    wanted = pa.array([p for p in prompts if prompt_fold(p, folds) != fold], TEXT)
     return rollouts.filter(pa.compute.is_in(rollouts["prompt_id"], value_set=wanted))
 
 
 def run(context: Context) -> str:
-    config, layout, name = context.config, context.layout, context.name
-    section, head, runtime = config.train_joint, head_of(config, name), config.runtime
-    sources, target = parents_of(config, layout, "train_joint", name), layout.checkpoint(name)
-    base, labels = sources["base"], "grades" if head.label == "score" else "values"
+    config, name, of, target, sources = context.config, context.name, context.variant, context.target, context.reads
+    section, head, runtime = config.train_joint, getattr(config.train_joint, of.key), config.runtime
+    base, labels = sources["base"], of.labels.stage
     seed = derived_seed(config.seed, "train_joint", name)
 
     tokenizer, model = load_tokenizer(base), load_model(base)
@@ -55,7 +51,7 @@ def run(context: Context) -> str:
     rows = model.get_output_embeddings().weight.shape[0]
     joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
 
-    rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), name, config.values.folds)
+    rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), of.fold, config.values.folds)
     data = rollout_data(
         rollouts, {"grades": GRADES, "values": VALUES}[labels].read(sources[labels]), head, grid, section.thinking_only
     )
@@ -79,7 +75,7 @@ def run(context: Context) -> str:
     )  # fmt: skip
     record = {
         "objective": "joint",
-        "params": head_params(config, name),
+        "params": context.params,
         "base": read_manifest(base).get("base"),
         "parents": manifest_digests(sources),
         "seed": seed,

@@ -16,7 +16,6 @@ from ziprc.joint.distribution import JointDistribution
 from ziprc.progress import progress
 from ziprc.reading.states import JointReader, pieces, token_pairs
 from ziprc.stages.context import Context, run_stage
-from ziprc.systems.names import critics
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
 from ziprc.training.data import prompt_fold
@@ -35,11 +34,9 @@ def score_rollouts(reader: JointReader, rollouts: pa.Table, last_k: int, token_b
 
 
 def run(context: Context) -> str:
-    config, layout = context.config, context.layout
-    target, source = layout.table("values", context.name), layout.table("rollouts", context.name)
-    rollouts = ROLLOUTS.read(source)
-    names = critics(config)
-    cross_fitted = context.name == "train"
+    config, cross_fitted = context.config, context.variant.cross_fitted
+    rollouts = ROLLOUTS.read(context.reads["rollouts"])
+    names = [role for role in context.reads if role != "rollouts"]
     fold = np.full(rollouts.num_rows, -1, dtype=np.int32)
     if cross_fitted:
         fold = np.array(
@@ -47,7 +44,7 @@ def run(context: Context) -> str:
         )
     value = np.zeros(rollouts.num_rows)
     for i, name in enumerate(names):
-        reader = JointReader.open(layout.checkpoint(name))
+        reader = JointReader.open(context.reads[name])
         rows = np.flatnonzero(fold == i) if cross_fitted else np.arange(rollouts.num_rows)
         scores = score_rollouts(
             reader, rollouts.take(pa.array(rows)), config.values.last_k, config.runtime.forward_tokens
@@ -59,9 +56,8 @@ def run(context: Context) -> str:
         "fold": fold,
         "value": np.clip(value, 0.0, 1.0).astype(np.float32),
     }
-    VALUES.write(target, VALUES.make(columns))
-    context.write_manifest("values")
-    return f"wrote {len(value)} values, mean {value.mean():.3f}, to {target}"
+    context.write(VALUES, VALUES.make(columns))
+    return f"wrote {len(value)} values, mean {value.mean():.3f}, to {context.target}"
 
 
 if __name__ == "__main__":

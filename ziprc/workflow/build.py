@@ -22,7 +22,7 @@ from ziprc.errors import UserError, nearest
 from ziprc.plan.provenance import hand_on_revision
 from ziprc.store.files import disk_errors_explained
 from ziprc.store.layout import Layout
-from ziprc.systems.artifacts import missing
+from ziprc.systems import goals_of, graph_of
 from ziprc.workflow import living
 from ziprc.workflow.container import apptainer_arguments, find_image
 from ziprc.workflow.launch import root_of
@@ -115,7 +115,11 @@ def build(options: argparse.Namespace, config: Config) -> int:
         return 130
     except UserError as error:
         print(f"{options.experiment}: whether an earlier run left SLURM jobs is not known. {error}", file=sys.stderr)
-    steps = [options.targets] if options.targets else [missing(config, layout), ["all"]]
+    steps = (
+        [options.targets]
+        if options.targets
+        else [list(map(str, graph_of(config, layout).missing(goals_of(config)))), ["all"]]
+    )
     for targets in filter(None, steps):
         code = call_to_the_end(snakemake_command(options, "--nolock", *targets), pass_fds=[lock])
         if code:

@@ -14,7 +14,7 @@ import yaml
 
 from ziprc.config.load import Config
 from ziprc.errors import UserError, nearest
-from ziprc.workflow.needs import trains
+from ziprc.plan.graph import Graph
 
 
 def root_of(config_file: Path) -> Path:
@@ -23,13 +23,10 @@ def root_of(config_file: Path) -> Path:
     return root if (root / "Snakefile").exists() else Path(__file__).resolve().parents[2]
 
 
-def stage_command(options: argparse.Namespace, config: Config) -> tuple[list[str], dict[str, str]]:
+def stage_command(options: argparse.Namespace, graph: Graph) -> tuple[list[str], dict[str, str]]:
     """The accelerate command line of one stage and its environment."""
-    root = root_of(options.config_file)
-    stages = [path.stem for path in (Path(__file__).parents[1] / "stages").glob("[a-z]*.py") if path.stem != "context"]
-    if options.stage not in stages:
-        raise UserError(f"There is no stage '{options.stage}'{nearest(options.stage, stages)}.")
-    training = trains(options.stage, config)
+    root, config = root_of(options.config_file), graph.config
+    training = graph.machine(options.stage) == "big-gpu"
     file = launch_profile(root, config, training)
     if training and config.runtime.nodes > 1 and options.rendezvous is None:
         return node_launchers(options, config.runtime.nodes), stage_environment(options.threads)

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ziprc.config.base import Runtime
-from ziprc.config.load import Config
 from ziprc.errors import UserError, nearest
+from ziprc.plan.stage import CLASSES
 
-CLASSES = ("cpu", "gpu", "big-gpu")
 OWN = (
     "threads",
     "gres",
@@ -38,11 +37,6 @@ def resource_names(sites: Sites) -> list[str]:
     """Every resource that a rule declares: what all ask for, and whatever a class adds (partition, account, qos …)."""
     added = {key for site in sites.values() for key in site if key not in (*OWN, *ASKED)}
     return [*ASKED, *sorted(added)]
-
-
-def trains(stage: str, config: Config) -> bool:
-    """Whether a stage trains here, so that it wants every GPU of every node; `base` may just copy a model."""
-    return stage == "train_joint" or (stage == "base" and config.base.model == "scratch")
 
 
 def class_here(wanted: str, runtime: Runtime) -> str:

@@ -1,4 +1,4 @@
-"""The records of metrics.json: what was measured, with intervals, nested by who predicted and when.
+"""The records of metrics/zip-rc.json: what was measured, with intervals, nested by who predicted and when.
 
     experiment, confidence, replicates
     counts       prompts, rollouts, tokens generated and trained

@@ -1,7 +1,9 @@
-"""One experiment's tables, read once and joined, and the record of metrics.json made from them."""
+"""One experiment's tables, read once and joined, and the record of metrics/zip-rc.json made from them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,9 +40,6 @@ from ziprc.joint.distribution import JointDistribution
 from ziprc.reading.logits import kl_drift
 from ziprc.reading.states import States, load_for_reading, read_states, token_pairs
 from ziprc.store.digests import derived_seed
-from ziprc.store.layout import Layout
-from ziprc.systems.artifacts import final_heads
-from ziprc.systems.names import head_of
 from ziprc.tables.baselines import BASELINES
 from ziprc.tables.check import TableSchema
 from ziprc.tables.grades import GRADES
@@ -55,28 +54,28 @@ DRIFT_ROLLOUTS = 2000  # one of each test prompt, up to this many
 class Evaluation:
     """The tables of one experiment, read once, and the records made from them."""
 
-    def __init__(self, config: Config, layout: Layout) -> None:
-        self.config, self.layout = config, layout
+    def __init__(self, config: Config, reads: Mapping[str, Path]) -> None:
+        self.config, self.reads = config, reads
         self.settings = config.evaluate
         self.seed = derived_seed(self.config.seed, "evaluate")
-        self.heads = final_heads(config)
+        self.heads = [role.partition("/")[2] for role in reads if role.startswith("introspection/")]
         self.rollouts = self._table(ROLLOUTS, "test")
         self.outcomes = self._outcomes("test")
         self.positions = moment_positions(self.outcomes.length)
         self.boot = Resampling(self.outcomes.group, self.settings.bootstrap, self.seed)
 
     def _table(self, schema: TableSchema, name: str) -> pa.Table:
-        return schema.read(self.layout.table(schema.name, name))
+        return schema.read(self.reads[f"{schema.name}/{name}"])
 
     def _outcomes(self, split: str) -> Outcomes:
         rollouts = self.rollouts if split == "test" else self._table(ROLLOUTS, split)
-        return join_outcomes(rollouts, self._table(GRADES, split), str(self.layout.table("grades", split)))
+        return join_outcomes(rollouts, self._table(GRADES, split), str(self.reads[f"grades/{split}"]))
 
     def grid(self, head: str) -> BinGrid:
-        return read_joint_head(self.layout.checkpoint(head)).grid
+        return read_joint_head(self.reads[head]).grid
 
     def states(self, head: str) -> States:
-        path = self.layout.table("introspection", head)
+        path = self.reads[f"introspection/{head}"]
         return read_states(path, self.outcomes.rollout_ids, self.outcomes.length, self.positions, self.grid(head).size)
 
     def head_predictions(self, head: str, states: States) -> dict[tuple[str, str], NDArray[np.float64]]:
@@ -89,7 +88,7 @@ class Evaluation:
     def baseline_predictions(self) -> dict[tuple[str, str], NDArray[np.float64]]:
         """Expected reward by (predictor, moment), in the order of the outcomes."""
         table = self._table(BASELINES, "test")
-        where = str(self.layout.table("baselines", "test"))
+        where = str(self.reads["baselines/test"])
         out = {}
         for predictor in sorted(set(table["predictor"].to_pylist())):
             mine = table.filter(pc.equal(table["predictor"], predictor))
@@ -109,11 +108,11 @@ class Evaluation:
     def _labelled_cells(self, split: str, grid: BinGrid) -> tuple[pa.Table, NDArray[np.int64]]:
         """Rollouts of a split with the grid cell that the final head's label puts them in at the start."""
         rollouts = self._table(ROLLOUTS, split)
-        where = str(self.layout.table("values", split))
+        where = str(self.reads[f"values/{split}"])
         values = align(self._table(VALUES, split), rollouts["rollout_id"].combine_chunks(), where)
         unfinished = ~np.asarray(pc.equal(rollouts["finish_reason"], FinishReason.STOP.value))
         value = column(values, "value").astype(np.float64)
-        rule = head_of(self.config, "ziprc").unfinished
+        rule = self.config.train_joint.ziprc.unfinished
         if rule == "zero":
             value = np.where(unfinished, 0.0, value)
         cell = grid.flat_index(grid.reward_bin(value), grid.length_bin(response_lengths(rollouts)))
@@ -133,7 +132,7 @@ class Evaluation:
             first = {key: i for i, key in reversed(list(enumerate(known)))}
             names = sorted(set(keys) & set(first))
             if not names:
-                raise UserError(f"{self.layout.table('rollouts', 'test-many')} holds no prompt of the test rollouts.")
+                raise UserError(f"{self.reads['rollouts/test-many']} holds no prompt of the test rollouts.")
             number = {name: i for i, name in enumerate(names)}
             mine = np.array([key in number for key in keys])
             group = np.array([number[key] for key in keys if key in number])
@@ -153,8 +152,8 @@ class Evaluation:
         _, first = np.unique(self.outcomes.group, return_index=True)
         chosen = np.sort(first)[:DRIFT_ROLLOUTS]
         pairs = token_pairs(self.rollouts.take(pa.array(self.outcomes.rows[chosen])))
-        reference, model = (load_for_reading(self.layout.checkpoint(name)) for name in ("base", "ziprc"))
-        rows = read_joint_head(self.layout.checkpoint("ziprc")).layout
+        reference, model = (load_for_reading(self.reads[name]) for name in ("base", "ziprc"))
+        rows = read_joint_head(self.reads["ziprc"]).layout
         runtime = self.config.runtime
         sums = kl_drift(reference, model, rows, pairs, runtime.forward_tokens, runtime.position_chunk)
         boot = Resampling(np.arange(len(chosen)), self.settings.bootstrap, self.seed)
@@ -195,7 +194,7 @@ class Evaluation:
         }
 
     def metrics(self) -> dict[str, Any]:
-        """The whole of metrics.json; its fields are described in metrics.py."""
+        """The whole of metrics/zip-rc.json; its fields are described in metrics.py."""
         train = self._outcomes("train")
         states = {head: self.states(head) for head in self.heads}
         predictions = {}
@@ -206,7 +205,6 @@ class Evaluation:
         prediction, difference = prediction_records(self.boot, predictions, self.outcomes, measure)
         tuned = self._outcomes("test-ziprc")
         found: dict[str, Any] = {
-            "experiment": self.layout.experiment,
             "confidence": self.settings.confidence,
             "replicates": self.settings.bootstrap,
             "last_k": self.settings.last_k,
@@ -228,6 +226,11 @@ def _prompt_keys(rollouts: pa.Table) -> list[tuple[str, bool]]:
 
 
 def _rollouts_seen(config: Any, head: str, rollouts: int) -> float:
-    settings = head_of(config, head)
+    settings = getattr(config.train_joint, head)
     whole = settings.epochs * rollouts
     return min(whole, settings.max_steps * settings.batch_size) if settings.max_steps > 0 else whole
+
+
+def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
+    """The record of ZIP-RC, from its tables and checkpoints by role."""
+    return Evaluation(config, reads).metrics()

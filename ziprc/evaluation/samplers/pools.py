@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.evaluation.outcomes import column, join_outcomes, response_lengths
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import read_joint_head
 from ziprc.reading.states import read_all
 from ziprc.sampling.replay import Pool, track
-from ziprc.store.layout import Layout
-from ziprc.systems.names import introspected, prompts_of
 from ziprc.tables.grades import GRADES
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS
-from ziprc.tasks.base import get_task
+from ziprc.tasks.base import Task, get_task
 
 NO_STYLE = -1.0
 
@@ -36,11 +35,14 @@ class RecordedPool:
     styles: list[str]
 
 
-def read_pool(config: Config, layout: Layout, name: str) -> RecordedPool:
-    """The pool `name` (config.POOLS). A rollout without a score that did finish makes its prompt unusable: left out."""
-    rollouts = ROLLOUTS.read(layout.table("rollouts", name))
+def read_pool(reads: Mapping[str, Path], split: str, task: str) -> RecordedPool:
+    """The pool of a split, from its tables and the head that sampled it.
+
+    A rollout without a score that did finish makes its prompt unusable: left out.
+    """
+    rollouts = ROLLOUTS.read(reads[f"{split}/rollouts"])
     rollouts = rollouts.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
-    grades = layout.table("grades", name)
+    grades = reads[f"{split}/grades"]
     outcomes = join_outcomes(rollouts, GRADES.read(grades), str(grades))
     samples = int(column(rollouts, "sample_index").max()) + 1
     kept = rollouts.take(pa.array(_whole_prompts(outcomes.rows, rollouts.num_rows, samples)))
@@ -51,16 +53,16 @@ def read_pool(config: Config, layout: Layout, name: str) -> RecordedPool:
     score = np.full(rollouts.num_rows, np.nan)
     score[outcomes.rows] = outcomes.score
     score = score[_whole_prompts(outcomes.rows, rollouts.num_rows, samples)]
-    grid = read_joint_head(layout.checkpoint(introspected(name)[1])).grid
+    grid = read_joint_head(reads["checkpoint"]).grid
     length = response_lengths(kept)
-    found = read_all(layout.table("introspection", name), kept["rollout_id"].combine_chunks(), length, grid.size)
+    found = read_all(reads[f"{split}/introspection"], kept["rollout_id"].combine_chunks(), length, grid.size)
     finished = np.asarray([r == "stop" for r in kept["finish_reason"].to_pylist()])
-    answer, style, styles = _texts(config, kept, finished)
+    answer, style, styles = _texts(get_task(task), kept, finished)
     before = np.concatenate([[0.0], found.log_prob[:-1]]).astype(np.float32)
     before[found.start] = 0.0  # the reading of a state knows the token before it
     seen = track(length.astype(np.int32), before, found.entropy)
     prompt_ids = kept["prompt_id"].to_pylist()[::samples]
-    prompts = PROMPTS.read(layout.table("prompts", prompts_of(name)))
+    prompts = PROMPTS.read(reads[f"{split}/prompts"])
     cell = dict(zip(prompts["prompt_id"].to_pylist(), prompts["difficulty"].to_pylist(), strict=True))
     shape = (-1, samples)
     pool = Pool(
@@ -83,10 +85,9 @@ def _whole_prompts(graded: NDArray[np.int64], rows: int, samples: int) -> NDArra
 
 
 def _texts(
-    config: Config, rollouts: pa.Table, finished: NDArray[np.bool_]
+    task: Task, rollouts: pa.Table, finished: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], list[str]]:
     """Numbers of the canonical answers within each prompt, style codes, and the names of the styles."""
-    task = get_task(config.prompts.task)
     style_of = getattr(task, "style_of", lambda _: None)
     texts, prompts = rollouts["response_text"].to_pylist(), rollouts["prompt_id"].to_pylist()
     numbers: dict[tuple[str, str], int] = {}

@@ -108,8 +108,8 @@ class Experiment:
         frontier = home / "frontier.json"
         params = _params(tables)
         return cls(
-            {key: params[key] for key in ROLLOUT_KEYS if key in params},
-            _params(prompts).get("task"),
+            {key: params[f"rollouts.{key}"] for key in ROLLOUT_KEYS if f"rollouts.{key}" in params},
+            _params(prompts).get("prompts.task"),
             read_json(frontier) if frontier.exists() else None,
         )
 
