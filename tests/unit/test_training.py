@@ -483,7 +483,7 @@ def test_train_joint_writes_a_checkpoint_that_describes_itself(world: World) -> 
         assert read_joint_head(folder).layout.joint_start == 261 and str(folder) in line
         record = read_manifest(folder)
         assert set(record["parents"]) == {"base", "rollouts", "grades"} and record["objective"] == "joint"
-        assert record["params"]["epochs"] == 1
+        assert record["params"][f"train_joint.{name.removesuffix('-fold0')}"]["epochs"] == 1
         assert load_model(folder).dtype == torch.float32
         assert not list(folder.parent.glob(f".{name}.training/*"))
     seen, dropped = set(lines["noisy-fold0"].split()), set(lines["ziprc"].split())
@@ -493,9 +493,9 @@ def test_train_joint_writes_a_checkpoint_that_describes_itself(world: World) -> 
 def test_a_fold_critic_never_sees_prompts_of_its_fold(world: World) -> None:
     rollouts = ROLLOUTS.read(world.layout.table("rollouts", "train"))
     for fold in (0, 1):
-        seen = train_joint.outside_fold(rollouts, f"noisy-fold{fold}", 2)["prompt_id"].unique().to_pylist()
+        seen = train_joint.outside_fold(rollouts, (fold, 2))["prompt_id"].unique().to_pylist()
         assert seen and all(prompt_fold(p, 2) != fold for p in seen)
-    assert train_joint.outside_fold(rollouts, "ziprc", 2) is rollouts
+    assert train_joint.outside_fold(rollouts, None) is rollouts
 
 
 def test_two_runs_of_train_joint_write_the_same_bytes(world: World) -> None:

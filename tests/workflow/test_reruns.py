@@ -36,10 +36,10 @@ def test_kl_of_the_final_head_reruns_that_head_and_what_depends_on_it(built: Wor
 
 
 def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
-    assert stages(built.planned("grades.timeout_s=9")) == {
+    assert stages(built.planned("grades.rule=countdown")) == {
         "grades", "train_joint", "values", "introspection", "rollouts", "baselines", "evaluate", *SAMPLERS,
     }  # fmt: skip
-    assert not any(job.startswith("rollouts: responses for train") for job in built.planned("grades.timeout_s=9"))
+    assert not any(job.startswith("rollouts: responses for train") for job in built.planned("grades.rule=countdown"))
 
 
 def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> None:
@@ -82,7 +82,7 @@ def test_a_failed_stage_leaves_the_old_artifact_in_place(workplace: Workplace) -
     prompts, grades = workplace.home / "prompts" / "train.parquet", workplace.home / "grades" / "train.parquet"
     before = digest_file(grades)
     prompts.write_bytes(prompts.read_bytes()[:-200])
-    done = workplace.run("build", str(grades.relative_to(workplace.folder)), "--set", "grades.timeout_s=8")
+    done = workplace.run("build", str(grades.relative_to(workplace.folder)), "--set", "grades.rule=math")
     assert done.returncode != 0
     assert "prompts/train.parquet is not what train.manifest.json describes" in done.stdout + done.stderr
     assert digest_file(grades) == before

@@ -28,12 +28,12 @@ from ziprc.training.trainees import freeze, joint_objective, joint_trainee
 from ziprc.training.trainer import fit, forget_states, state_folder, world_size
 
 
-def outside_fold(rollouts: pa.Table, fold: int | None, folds: int) -> pa.Table:
-    """The rollouts whose prompt is not in the fold; all where there is none."""
+def outside_fold(rollouts: pa.Table, fold: tuple[int, int] | None) -> pa.Table:
+    """The rollouts whose prompt is not in the fold (number, of how many); all where there is none."""
     if fold is None:
         return rollouts
     prompts = rollouts["prompt_id"].unique().to_pylist()
-    wanted = pa.array([p for p in prompts if prompt_fold(p, folds) != fold], TEXT)
+    wanted = pa.array([p for p in prompts if prompt_fold(p, fold[1]) != fold[0]], TEXT)
     return rollouts.filter(pa.compute.is_in(rollouts["prompt_id"], value_set=wanted))
 
 
@@ -51,7 +51,7 @@ def run(context: Context) -> str:
     rows = model.get_output_embeddings().weight.shape[0]
     joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
 
-    rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), of.fold, config.values.folds)
+    rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), of.fold)
     data = rollout_data(
         rollouts, {"grades": GRADES, "values": VALUES}[labels].read(sources[labels]), head, grid, section.thinking_only
     )

@@ -79,8 +79,9 @@ def grader_modules(config: Config) -> list[str]:
 
 
 def grading_keys(config: Config) -> list[str]:
-    """Keys that decide a grade; the judge runs on the engine of the rollouts."""
-    return ["grades", *(["rollouts.engine"] if config.grades.judge else [])]
+    """Keys that decide a grade: only math has a time limit, and the judge runs on the engine of the rollouts."""
+    timed = ["grades.timeout_s"] if config.grades.rule == "math" else []
+    return ["grades.rule", "grades.judge", *timed, *(["rollouts.engine"] if config.grades.judge else [])]
 
 
 def check_grades(config: Config) -> None:

@@ -28,11 +28,11 @@ SHARED_HEAD = tuple(f"train_joint.{key}" for key in ("length_edges", "first_row"
 
 @dataclass(frozen=True)
 class HeadOf:
-    """A joint head: its key in the section `train_joint`, where its labels come from, and the fold that it must not see."""
+    """A joint head: its key in the section `train_joint`, where its labels come from, the fold (of how many) it must not see."""
 
     key: str
     labels: Ref
-    fold: int | None = None
+    fold: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def critics(config: Config) -> dict[str, HeadOf]:
     labels = _labels(config, "noisy")
     if folds == 1:
         return {"noisy": HeadOf("noisy", labels)}
-    return {f"noisy-fold{i}": HeadOf("noisy", labels, i) for i in range(folds)}
+    return {f"noisy-fold{i}": HeadOf("noisy", labels, (i, folds)) for i in range(folds)}
 
 
 def judged_heads(config: Config) -> dict[str, HeadOf]:

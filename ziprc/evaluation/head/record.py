@@ -227,8 +227,8 @@ def _prompt_keys(rollouts: pa.Table) -> list[tuple[str, bool]]:
 
 def _rollouts_seen(config: Any, head: str, rollouts: int) -> float:
     settings = getattr(config.train_joint, head)
-    whole = settings.epochs * rollouts
-    return min(whole, settings.max_steps * settings.batch_size) if settings.max_steps > 0 else whole
+    whole, most = settings.epochs * rollouts, settings.max_steps * settings.batch_size
+    return min(whole, most) if most > 0 else whole
 
 
 def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""Params are complete and minimal: every stage runs on a configuration that notes the keys that are read of it.
+
+What a stage reads and its params lack, another value of it would silently not rerun; what it does not read and its params
+hold reruns it for nothing. Keys under `runtime` are no params.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from tests.workflow.conftest import MICRO, Workplace
+from ziprc.config.base import Section
+from ziprc.config.load import Config, load
+from ziprc.plan.graph import Graph
+from ziprc.plan.stage import Ref
+from ziprc.stages.context import Context
+from ziprc.store.layout import Layout
+from ziprc.systems import goals_of, graph_of
+
+pytestmark = pytest.mark.slow
+
+PLAN = graph_of(load(MICRO, "micro"), Layout(Path("results"), "micro"))
+EVERY = {ref.stage: ref for ref in PLAN.closure(goals_of(PLAN.config))}  # one artifact of each stage
+MORE = [Ref("train_joint", "noisy-fold0"), Ref("values", "test-many"), Ref("rollouts", "train")]
+# Of these a whole section is handed on, and which of its keys are read depends on the values of others.
+WHOLE = {"frontier", "base", "train_joint"}
+
+
+def keys_of(section: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Every key of a section, as `a.b.c`."""
+    for name in type(section).model_fields:
+        value = section.__dict__[name]
+        if isinstance(value, Section):
+            yield from keys_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+class Notes:
+    """The keys that were read of one configuration, but for those that the plan itself read."""
+
+    def __init__(self, config: Config) -> None:
+        self.read: set[str] = set()
+        self.planning = 0
+        self.path: dict[int, str] = {}
+        self._walk(config, "")
+
+    def _walk(self, section: BaseModel, prefix: str) -> None:
+        self.path[id(section)] = prefix
+        for name in type(section).model_fields:
+            value = section.__dict__[name]
+            if isinstance(value, Section):
+                self._walk(value, f"{prefix}{name}.")
+
+    def note(self, section: Any, name: str) -> None:
+        prefix = self.path.get(id(section))
+        if prefix is None or self.planning or name not in type(section).model_fields:
+            return
+        if not isinstance(section.__dict__[name], Section):
+            self.read.add(prefix + name)
+
+
+@contextmanager
+def noted(notes: Notes, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    plain = Section.__getattribute__
+
+    def get(self: Any, name: str) -> Any:
+        if name in ("model_dump", "model_copy"):
+            for key in type(self).model_fields:
+                notes.note(self, key)
+        elif not name.startswith("_"):
+            notes.note(self, name)
+        return plain(self, name)
+
+    def quietly(method: Any) -> Any:
+        @functools.wraps(method)
+        def call(*arguments: Any) -> Any:
+            notes.planning += 1
+            try:
+                return method(*arguments)
+            finally:
+                notes.planning -= 1
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", get)
+        for name in ("variant", "parents", "target", "reads", "params", "code"):
+            patch.setattr(Graph, name, quietly(getattr(Graph, name)))
+        yield
+
+
+@pytest.mark.parametrize("ref", [*EVERY.values(), *MORE], ids=str)
+def test_a_stage_reads_its_params_and_nothing_else(
+    ref: Ref, built: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built.home, tmp_path / "results" / "micro")
+    config = load(MICRO, "micro")
+    context = Context(graph_of(config, Layout(tmp_path / "results", "micro")), ref)
+    notes = Notes(config)
+    with noted(notes, monkeypatch):
+        importlib.import_module(f"ziprc.stages.{ref.stage}").run(context)
+    read = {key for key in notes.read if not key.startswith(("runtime.", "systems"))}
+    params = set(PLAN.stage(ref.stage).params(config, context.variant))
+    allowed = {key for key in keys_of(config) if any(key == p or key.startswith(f"{p}.") for p in params)}
+    assert read <= allowed, "read, but no param"
+    idle = {p for p in params if not any(key == p or key.startswith(f"{p}.") for key in read)}
+    assert not idle or ref.stage == "report", "a param, but not read"
+    rest = {key for key in allowed - read if key.partition(".")[0] not in WHOLE}
+    assert not rest or ref.stage == "report", "a part of a param, but not read"
