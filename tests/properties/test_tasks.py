@@ -8,15 +8,16 @@ from fractions import Fraction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ziprc.tasks.arithmetic import LARGEST, STYLES, Chain, apply, draw_chain, work_out
-from ziprc.tasks.base import apportion, get_task, split_of
+from ziprc.tasks.arithmetic import LARGEST, TASK, Chain, apply, draw_chain, work_out
+from ziprc.tasks.base import get_task, split_of
 from ziprc.tasks.countdown import SHARES, chains, draw_problem, solve
 from ziprc.tasks.expressions import parse_expression
+from ziprc.tasks.generated import apportion
 
 cells = st.builds(lambda k, size: f"{k} steps, {size}", st.integers(1, 6), st.sampled_from(["small", "medium", "big"]))
 
 
-@given(cells, st.integers(0, 10**6), st.sampled_from(STYLES))
+@given(cells, st.integers(0, 10**6), st.sampled_from(TASK.styles))
 def test_faultless_work_ends_on_the_value_and_stays_in_range(cell: str, seed: int, style: str) -> None:
     chain = draw_chain(random.Random(seed), cell)
     value = chain.start

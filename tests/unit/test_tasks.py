@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from pydantic import ValidationError
 
+from tests.doubles import World
+from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.tasks.arithmetic import DEFAULTS, Chain, columns_step, direct_step, draw_chain, split_step, work_out
-from ziprc.tasks.base import TeachingTask, apportion, get_task, split_of
+from ziprc.evaluation.samplers.pools import _texts
+from ziprc.stages import prompts as prompts_stage
+from ziprc.store.layout import Layout
+from ziprc.tables.prompts import PROMPTS, check_disjoint
+from ziprc.tasks import arithmetic
+from ziprc.tasks.arithmetic import MIX, SLIPS, Chain, columns_step, direct_step, draw_chain, split_step, work_out
+from ziprc.tasks.base import Prompt, TeachingTask, get_task, split_of
 from ziprc.tasks.countdown import chains, solve
 from ziprc.tasks.expressions import parse_expression
+from ziprc.tasks.generated import apportion
 from ziprc.tasks.hub import last_boxed, normalise
 
 NESTED_OR_LONG = ["(" * 50 + "1" + ")" * 50, "1+" * 150 + "1"]
@@ -51,8 +67,6 @@ def test_generated_tasks_can_teach_and_the_hub_cannot() -> None:
 def test_apportioned_counts_sum_to_the_count() -> None:
     assert apportion(10, {"a": 1, "b": 1, "c": 1}) == {"a": 4, "b": 3, "c": 3}
     assert apportion(7, {"a": 0.5, "b": 0.0, "c": 0.5}) == {"a": 4, "c": 3}
-    with pytest.raises(UserError, match="above zero"):
-        apportion(3, {"a": 0})
 
 
 def test_split_shares_are_realised() -> None:
@@ -75,7 +89,7 @@ def test_toy_sized_splits_have_the_mix_asked_for_and_hundreds_of_prompts_in_ever
     cells = Counter(prompt.difficulty for prompt in prompts)
     assert len({prompt.prompt_id for prompt in prompts}) == 2400
     assert min(cells.values()) >= 100
-    assert cells == apportion(2400, DEFAULTS["mix"])
+    assert cells == apportion(2400, MIX)
 
 
 def test_splits_and_traces_share_no_problem() -> None:
@@ -143,6 +157,18 @@ def test_styles_are_recognised_by_their_separators() -> None:
     assert task.style_of("43") is None
 
 
+def test_a_style_has_one_number_in_every_pool_even_where_a_pool_lacks_another_style() -> None:
+    responses = {"columns": "47+8=7+8=15,4+1=5=55", "direct": "47+8=55", "split": "47+8>50+5=55"}
+    codes = {}
+    for missing in (None, "columns"):
+        texts = [f"<think>\n{text}\n</think>\n\n55" for style, text in responses.items() if style != missing]
+        pool = pyarrow.table({"response_text": texts, "prompt_id": ["a"] * len(texts)})
+        _, code, styles = _texts(get_task("arithmetic"), pool, np.ones(len(texts), bool))
+        codes[missing] = [styles[int(c)] for c in code], code.tolist()
+    assert codes[None] == (["columns", "direct", "split"], [0, 1, 2])
+    assert codes["columns"] == (["direct", "split"], [1, 2])
+
+
 def test_an_arithmetic_answer_is_an_integer_after_the_thinking_block() -> None:
     task = get_task("arithmetic")
     assert task.canonical_answer("<think>\n47+8=55\n</think>\n\n055") == "55"
@@ -154,16 +180,63 @@ def test_an_arithmetic_answer_is_an_integer_after_the_thinking_block() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixx": {}}, "did you mean 'mix'"),
-        ({"mix": {"three steps": 1.0}}, "no cell of the difficulty mix"),
-        ({"styles": {"colums": 1.0}}, "did you mean 'columns'"),
+        ({"mixx": {}}, "mixx\n"),
+        ({"mix": {"three steps": 1.0}}, r"mix.three steps.*\n.*steps\?, \(small"),
+        ({"mix": {"1 step, big": 0}}, "at least one weight above zero"),
+        ({"mix": {"1 step, big": -1}}, r"mix.1 step, big\n.*greater than or equal to 0"),
+        ({"styles": {"colums": 1.0}}, r"styles.colums.*\n.*'direct', 'split' or 'columns'"),
+        ({"slips": {"dirct": {"big": 0.1}}}, r"slips.dirct.*\n.*'direct', 'split' or 'columns'"),
         ({"slips": {"direct": {"huge": 0.1}}}, "huge"),
-        ({"slips": {"direct": {"big": 1.5}}}, "1.5"),
+        ({"slips": {"direct": {"big": 1.5}}}, r"slips.direct.big\n.*less than 1"),
     ],
 )
 def test_bad_arithmetic_settings_are_named(settings: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValidationError, match=message):
         get_task("arithmetic").prompts(settings, "train", 4, 0)
+
+
+def test_a_slip_rate_changes_one_of_the_defaults() -> None:
+    settings = arithmetic.Settings(slips={"direct": {"small": 0.2}})
+    assert settings.slips["direct"] == {"small": 0.2, "medium": 0.5, "big": 0.7}
+    assert settings.slips["split"] == SLIPS["split"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mix": {"6 numbers": 1.0}}, "mix.6 numbers"),
+        ({"max_operand": 21}, r"max_operand\n.*less than or equal to 20"),
+        ({"attempts": []}, "attempts"),
+        ({"attempt": [2]}, "attempt\n"),
+    ],
+)
+def test_bad_countdown_settings_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        get_task("countdown").prompts(settings, "train", 4, 0)
+
+
+def test_every_task_publishes_described_settings_and_imports_neither_torch_nor_datasets() -> None:
+    source = """
+import importlib, pkgutil, sys
+import ziprc.tasks
+found = []
+for name in (module.name for module in pkgutil.iter_modules(ziprc.tasks.__path__)):
+    module = importlib.import_module(f"ziprc.tasks.{name}")
+    if hasattr(module, "TASK"):
+        assert module.TASK.name == name, name
+        for key, field in module.Settings.model_fields.items():
+            assert field.description, (name, key)
+        found.append(name)
+assert found == ["arithmetic", "countdown", "hub"], found
+assert not {"torch", "datasets", "transformers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
+def test_a_module_of_the_folder_that_is_no_task_is_refused() -> None:
+    for name in ("base", "expressions", "generated", ""):
+        with pytest.raises(UserError, match="Unknown task"):
+            get_task(name)
 
 
 def test_an_unknown_split_is_refused() -> None:
@@ -289,21 +362,136 @@ def test_a_local_file_is_read_by_column_mapping(problems) -> None:
     assert (first.answer, first.difficulty) == (str(2 * number), str(number % 3))
 
 
-def test_beside_benchmarks_the_data_set_is_for_training_only(problems) -> None:
+def test_beside_benchmarks_the_data_set_is_for_training_and_leaves_out_their_problems(problems, monkeypatch) -> None:
+    import datasets
+
+    benchmark = [{"problem": "What is  5+5?", "answer": "10", "level": 1}, {"problem": "x?", "answer": "1", "level": 1}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: benchmark)
     settings = {"dataset": str(problems), "prompt_column": "question", "benchmarks": ["math500"]}
-    assert len(get_task("hub").prompts(settings, "train", 0, 0)) == 200
+    train = get_task("hub").prompts(settings, "train", 0, 0)
+    assert len(train) == 199 and "What is 5+5?" not in {prompt.messages[0]["content"] for prompt in train}
+    assert len(get_task("hub").prompts(settings, "test", 0, 0)) == 2
     with pytest.raises(UserError, match="has no split 'validation'"):
         get_task("hub").prompts(settings, "validation", 0, 0)
 
 
-def test_parquet_reads_like_jsonl_and_the_cap_holds(problems, tmp_path) -> None:
-    import pyarrow
-    import pyarrow.parquet
+FORMATS = [".jsonl", ".json", ".csv", ".parquet"]
 
+
+def in_format(rows: list[dict], path: Path) -> str:
+    """The path, as text, of a file of the rows in the format that its suffix names."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_is_cut_as_the_library_cuts_and_no_prompt_is_in_two_splits(tmp_path, suffix: str) -> None:
+    rows = [{"problem": f"What is {i}?", "answer": f"0{i}"} for i in range(400)]
+    splits = {"train": "train[30%:]", "validation": "train[:50]", "test": "train[50:100]"}
+    settings = {"dataset": in_format(rows, tmp_path / f"problems{suffix}"), "splits": splits}
+    found = {split: get_task("hub").prompts(settings, split, 0, 0) for split in splits}
+    assert {split: len(prompts) for split, prompts in found.items()} == {"train": 280, "validation": 50, "test": 50}
+    assert {prompt.answer for prompt in found["validation"]} == {f"0{i}" for i in range(50)}
+    tables = {split: table_of(prompts) for split, prompts in found.items()}
+    check_disjoint(tables)
+
+
+def test_a_split_leaves_out_what_another_holds_already(tmp_path) -> None:
+    rows = [{"problem": f"What is {i % 30}?", "answer": str(i)} for i in range(100)]
+    file = in_format(rows, tmp_path / "problems.jsonl")
+    splits = {"train": "train", "validation": "train[5:20]", "test": "train[:10]"}
+    sizes = {s: len(get_task("hub").prompts({"dataset": file, "splits": splits}, s, 0, 0)) for s in splits}
+    assert sizes == {"train": 10, "validation": 10, "test": 10}
+    half = {"dataset": file, "splits": {"train": "train"}}  # validation and test by hash
+    found = {split: get_task("hub").prompts(half, split, 0, 0) for split in ("train", "validation", "test")}
+    check_disjoint({split: table_of(prompts) for split, prompts in found.items()})
+    with pytest.raises(UserError, match=r"no prompt for 'validation'.*what is in test too is left out"):
+        get_task("hub").prompts({"dataset": file, "splits": dict.fromkeys(splits, "train")}, "validation", 0, 0)
+
+
+def table_of(prompts: list[Prompt]) -> pyarrow.Table:
+    rows = [{**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra)} for p in prompts]
+    return PROMPTS.make(rows)
+
+
+def test_answers_are_read_as_they_are_written(tmp_path) -> None:
+    path = tmp_path / "problems.csv"
+    path.write_bytes(b'\xef\xbb\xbfproblem,answer\n"a,\nb",007\nNA,1.50\nc,2020-01-01\n')
+    prompts = get_task("hub").prompts({"dataset": str(path), "splits": {"test": "train"}}, "test", 0, 0)
+    assert {p.messages[0]["content"]: p.answer for p in prompts} == {"a,\nb": "007", "NA": "1.50", "c": "2020-01-01"}
+    lines = ['{"problem": "a\u2028b", "answer": 1}', "", '{"problem": "c", "answer": 2.5}', '{"problem": "d"}']
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    prompts = get_task("hub").prompts({"dataset": str(path), "splits": {"test": "train"}}, "test", 0, 0)
+    assert {p.messages[0]["content"]: p.answer for p in prompts} == {"a\u2028b": "1", "c": "2.5", "d": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("problems.jsonl", '{"problem": "a", "answer": "1"}\n{"problem"}\n', "line 2, column 11"),
+        ("problems.json", '{"problem": ["a"], "answer": ["1"]}', "expected a list of rows"),
+        ("problems.csv", "problem,answer\na,1,2\n", "expected a list of rows"),
+        ("problems.csv", 'problem,answer\n"a,1\n', "unexpected end"),
+        ("problems.tsv", "problem\tanswer\n", r"none of the formats.*\.csv"),
+        ("problems.jsonl", '{"problem": ["a"], "answer": "1"}', r"list of messages.*found \"\['a'\]\""),
+        ("problems.jsonl", "", r"no prompt for 'train' \(0 rows"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_refused_at_once(tmp_path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        get_task("hub").prompts({"dataset": str(tmp_path / name)}, "train", 4, 0)
+
+
+@pytest.mark.parametrize(("split", "message"), [("test", r"Unknown split \"test\""), ("train[:5", r"train\[:5")])
+def test_a_file_has_the_one_split_train(problems, split: str, message: str) -> None:
+    settings = {"dataset": str(problems), "prompt_column": "question", "splits": {"test": split}}
+    with pytest.raises(UserError, match=f"{message}.*one split, 'train'"):
+        get_task("hub").prompts(settings, "test", 4, 0)
+
+
+def prompt_of(name: str, text: str, source: str = "a") -> Prompt:
+    return Prompt(name, "hub", source, "any", ({"role": "user", "content": text},), "1", "a")
+
+
+def test_splits_that_share_a_prompt_are_refused_by_id_and_by_content() -> None:
+    train = table_of([prompt_of(f"id{i}", f"What is {i}?") for i in range(9)])
+    test = table_of([prompt_of("other", "What is 100?"), prompt_of("id7", "asked in other words")])
+    check_disjoint({"train": train})
+    check_disjoint({"train": train, "test": test.slice(0, 1)})
+    with pytest.raises(UserError, match=r"'test' and 'train' are not disjoint: 1 of 'test'.*\(id7\)"):
+        check_disjoint({"train": train, "test": test})
+    copies = [prompt_of(f"math{i}", f"What  is\n{i}?", source="math500") for i in range(7)]
+    with pytest.raises(UserError, match=r"7 of 'test' are in 'train' too \(math0, there id0, .* and 2 more\)"):
+        check_disjoint({"train": train, "validation": test.slice(0, 1), "test": table_of(copies)})
+
+
+def test_the_stage_says_that_a_split_has_fewer_prompts_than_asked_for(problems, tmp_path, capsys) -> None:
+    splits = {"train": "train[:50]", "validation": "train[50:60]", "test": "train[60:70]"}
+    settings = {"dataset": str(problems), "prompt_column": "question", "splits": splits}
+    config = Config.model_validate({"prompts": {"task": "hub", "settings": settings, "train": 80}})
+    line = prompts_stage.run(World(config, Layout(tmp_path, "own")).context("prompts", "train"))
+    assert "wrote 50 prompts" in line and "fewer than prompts.train = 80" in line
+    assert "fewer than prompts.train = 80" in capsys.readouterr().err
+    config = Config.model_validate({"prompts": {"task": "hub", "settings": settings, "train": 50}})
+    assert "fewer" not in prompts_stage.run(World(config, Layout(tmp_path, "own")).context("prompts", "train"))
+    assert not capsys.readouterr().err
+
+
+def test_parquet_reads_like_jsonl_and_the_cap_holds(problems, tmp_path) -> None:
     rows = [json.loads(line) for line in problems.read_text().splitlines()]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "problems.parquet")
+    file = in_format(rows, tmp_path / "problems.parquet")
     settings = {"dataset": str(problems), "prompt_column": "question", "splits": {"train": "train"}, "shuffle_seed": 7}
-    same = {**settings, "dataset": str(tmp_path / "problems.parquet")}
+    same = {**settings, "dataset": file}
     first, second = (get_task("hub").prompts(s, "train", 20, 0) for s in (settings, same))
     assert len(first) == 20
     assert [p.messages for p in first] == [p.messages for p in second]
@@ -313,12 +501,19 @@ def test_parquet_reads_like_jsonl_and_the_cap_holds(problems, tmp_path) -> None:
     ("settings", "message"),
     [
         ({"benchmarks": ["gsm8"]}, "did you mean 'gsm8k'"),
-        ({"datset": "x"}, "did you mean 'dataset'"),
-        ({}, "name a `dataset`"),
-        ({"dataset": "missing.parquet"}, "does not exist"),
+        ({"datset": "x"}, "datset\n"),
+        ({"dataset": "x", "splits": {"dev": "train"}}, r"splits.dev.*\n.*'train', 'validation' or 'test'"),
     ],
 )
 def test_bad_hub_settings_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        get_task("hub").prompts(settings, "test", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({}, "name a `dataset`"), ({"dataset": "missing.parquet"}, "does not exist")]
+)
+def test_data_that_are_not_there_are_named(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         get_task("hub").prompts(settings, "test", 4, 0)
 
@@ -331,7 +526,7 @@ def test_a_missing_column_lists_the_columns_found(problems) -> None:
 def test_a_truncated_file_is_refused(tmp_path) -> None:
     path = tmp_path / "broken.parquet"
     path.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
+    with pytest.raises(UserError, match=r"cannot be read: .*has to be parquet"):
         get_task("hub").prompts({"dataset": str(path)}, "train", 4, 0)
 
 

@@ -510,6 +510,7 @@ class TinyTask:
     """Adds two digits; stands in for the real task."""
 
     name = "tiny"
+    styles = ("plain",)
 
     def prompts(self, settings: Any, split: str, count: int, seed: int) -> list[Any]:
         return []

@@ -6,6 +6,7 @@ The only stage, with `base`, that may touch the network.
 from __future__ import annotations
 
 import json
+import sys
 
 from ziprc.stages.context import Context, run_stage
 from ziprc.tables.prompts import PROMPTS
@@ -17,7 +18,11 @@ def run(context: Context) -> str:
     prompts = get_task(own.task).prompts(own.settings, split, getattr(own, split), context.config.seed)
     rows = [{**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra, sort_keys=True)} for p in prompts]
     context.write(PROMPTS, PROMPTS.make(rows))
-    return f"wrote {len(rows)} prompts to {context.target}"
+    line, asked = f"wrote {len(rows)} prompts to {context.target}", getattr(own, split)
+    if len(rows) < asked:
+        line += f", fewer than prompts.{split} = {asked}: the task has no more for this split"
+        print(f"prompts: {line}", file=sys.stderr)
+    return line
 
 
 if __name__ == "__main__":

@@ -16,12 +16,6 @@ does) and, in between, those where the style decides. Hence what decides about a
 prompt, partly from the style chosen after a few tokens, and partly from slips that appear on the way. A slip is one
 alternative at one token, at a rate that min-p 0.1 keeps.
 
-Settings (all optional; `DEFAULTS` holds the values of `toy`):
-  mix            {"2 steps, small": weight, ...}   steps 1..9, sizes small (1 digit), medium (2), big (3)
-  styles         {"direct": weight, "split": weight, "columns": weight}   drawn without looking at the prompt
-  slips          {style: {size: rate}}             per opportunity, as described above
-  non_thinking   share of traces that answer at once
-
 Split by the multiset of signed terms: `47+39-6`, `39+47-6` and `47-6+39` are one problem.
 """
 
@@ -29,52 +23,42 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, field_validator
 
 from ziprc.chat import visible_answer
-from ziprc.errors import UserError, nearest
-from ziprc.tasks.base import (
-    Prompt,
-    Settings,
-    Trace,
-    apportion,
-    check_prompts,
-    check_split,
-    fill_cells,
-    prompt_id,
-    split_of,
-    thinking_response,
-    user_message,
-)
+from ziprc.config.base import Unit
+from ziprc.tasks.base import Trace, thinking_response
+from ziprc.tasks.generated import GeneratedTask, MixSettings, Weighs, Weight
 
 SHARES = {"base": 0.70, "train": 0.16, "validation": 0.05, "test": 0.09}
 DIGITS = {"small": 1, "medium": 2, "big": 3}
-STYLES = ("direct", "split", "columns")
 LARGEST = 999  # of every intermediate value
 
-DEFAULTS: dict[str, Any] = {
-    "mix": {
-        "2 steps, small": 0.16,
-        "3 steps, small": 0.14,
-        "4 steps, small": 0.08,
-        "2 steps, medium": 0.18,
-        "3 steps, medium": 0.18,
-        "2 steps, big": 0.08,
-        "3 steps, big": 0.10,
-        "4 steps, big": 0.08,
-    },
-    "styles": {"direct": 0.40, "split": 0.34, "columns": 0.26},
-    "slips": {
-        "direct": {"small": 0.0, "medium": 0.50, "big": 0.70},
-        "split": {"small": 0.10, "medium": 0.0, "big": 0.70},
-        "columns": {"small": 0.10, "medium": 0.70, "big": 0.35},
-    },
-    "non_thinking": 0.07,
+Style = Literal["direct", "split", "columns"]
+Size = Literal["small", "medium", "big"]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+MIX = {
+    "2 steps, small": 0.16,
+    "3 steps, small": 0.14,
+    "4 steps, small": 0.08,
+    "2 steps, medium": 0.18,
+    "3 steps, medium": 0.18,
+    "2 steps, big": 0.08,
+    "3 steps, big": 0.10,
+    "4 steps, big": 0.08,
+}
+SLIPS: dict[Style, dict[Size, float]] = {
+    "direct": {"small": 0.0, "medium": 0.50, "big": 0.70},
+    "split": {"small": 0.10, "medium": 0.0, "big": 0.70},
+    "columns": {"small": 0.10, "medium": 0.70, "big": 0.35},
 }
 
-_CELL = re.compile(r"([1-9]) steps?, (small|medium|big)")
+CELL = r"^([1-9]) steps?, (small|medium|big)$"  # of the mix, e.g. "3 steps, big"
 _INTEGER = re.compile(r"-?[0-9]{1,12}")
 
 
@@ -112,10 +96,32 @@ def apply(value: int, op: str, operand: int) -> int:
 
 def parse_cell(cell: str) -> tuple[int, str]:
     """(steps, size) of a cell label."""
-    match = _CELL.fullmatch(cell)
-    if not match:
-        raise UserError(f"arithmetic: '{cell}' is no cell of the difficulty mix; write e.g. '3 steps, big'.")
+    match = re.match(CELL, cell)
+    assert match, f"'{cell}' is no cell"
     return int(match[1]), match[2]
+
+
+class Settings(MixSettings):
+    """`prompts.settings` of this task; the defaults are those of `toy`."""
+
+    mix: Annotated[dict[Annotated[str, Field(pattern=CELL)], Weight], Weighs] = Field(
+        MIX, description="share of the prompts by cell, '3 steps, big'; small, medium, big operands have 1, 2, 3 digits"
+    )
+    styles: Annotated[dict[Style, Weight], Weighs] = Field(
+        {"direct": 0.40, "split": 0.34, "columns": 0.26},
+        description="share of the thinking traces by style, drawn without looking at the prompt",
+    )
+    slips: dict[Style, dict[Size, Rate]] = Field(
+        SLIPS, description="the teacher's rate of slips per opportunity, by style and size of the operands"
+    )
+    non_thinking: Unit = Field(0.07, description="share of the traces that answer at once")
+
+    @field_validator("slips", mode="before")
+    @classmethod
+    def _over_the_defaults(cls, slips: Any) -> Any:
+        if not isinstance(slips, Mapping) or not all(isinstance(rates, Mapping) for rates in slips.values()):
+            return slips
+        return {style: {**SLIPS.get(style, {}), **slips.get(style, {})} for style in {**SLIPS, **slips}}
 
 
 def draw_chain(rng: random.Random, cell: str) -> Chain:
@@ -208,38 +214,32 @@ def work_out(chain: Chain, style: str, slips: Callable[[], bool]) -> tuple[str, 
     return text, value
 
 
-class Arithmetic:
+class Arithmetic(GeneratedTask[Chain, Settings]):
     """Chains of additions and subtractions; see the head of the module."""
 
     name = "arithmetic"
+    shares = SHARES
+    settings = Settings
+    styles = get_args(Style)
 
-    def prompts(self, settings: Settings, split: str, count: int, seed: int) -> list[Prompt]:
-        """Distinct chains of a split in exactly the mix of the settings, shuffled."""
-        check_split(split)
-        rng = random.Random(f"{self.name} prompts {split} {seed}")
-        cells = apportion(count, resolve(settings)["mix"])
-        filled = fill_cells(
-            cells,
-            draw=lambda cell: draw_chain(rng, cell),
-            canonical=lambda chain: chain.canonical,
-            accept=lambda content: split_of(content, SHARES) == split,
-        )
-        prompts = [self._prompt(chain, cell, split) for cell, chains in filled.items() for chain in chains]
-        check_prompts(prompts, cells)
-        rng.shuffle(prompts)
-        return prompts
+    def draw(self, rng: random.Random, cell: str, settings: Settings) -> Chain:
+        return draw_chain(rng, cell)
 
-    def traces(self, settings: Settings, count: int, seed: int) -> Iterator[tuple[Prompt, Trace]]:
-        """Chains of the split `base` with a teacher's response each; a chain may come again in another style."""
-        options = resolve(settings)
-        rng = random.Random(f"{self.name} traces {seed}")
-        cells, weights = list(options["mix"]), list(options["mix"].values())
-        for _ in range(count):
-            cell = rng.choices(cells, weights)[0]
-            chain = draw_chain(rng, cell)
-            while split_of(chain.canonical, SHARES) != "base":
-                chain = draw_chain(rng, cell)
-            yield self._prompt(chain, cell, "base"), teach(rng, chain, cell, options)
+    def teach(self, rng: random.Random, problem: Chain, cell: str, settings: Settings) -> Trace:
+        if rng.random() < settings.non_thinking:
+            return Trace(str(problem.value), thinking=False, style="answer")
+        style = rng.choices(list(settings.styles), list(settings.styles.values()))[0]
+        rate = settings.slips[style][parse_cell(cell)[1]]
+        while True:
+            try:
+                reasoning, result = work_out(problem, style, lambda: rng.random() < rate)
+            except LeavesRange:
+                continue
+            return Trace(thinking_response(reasoning, str(result)), thinking=True, style=style)
+
+    def ask(self, problem: Chain, cell: str) -> tuple[str, str, dict[str, Any]]:
+        steps, size = parse_cell(cell)
+        return f"Compute {problem.text}", str(problem.value), {"steps": steps, "size": size}
 
     def canonical_answer(self, response: str) -> str | None:
         """The integer after the thinking block, without leading zeros; None when there is anything else."""
@@ -258,48 +258,5 @@ class Arithmetic:
         reasoning = reasoning.replace("<think>", "")
         return "columns" if "," in reasoning else "split" if ">" in reasoning else "direct"
 
-    def _prompt(self, chain: Chain, cell: str, split: str) -> Prompt:
-        steps, size = parse_cell(cell)
-        return Prompt(
-            prompt_id=prompt_id(self.name, self.name, chain.canonical),
-            task=self.name,
-            source=self.name,
-            split=split,
-            messages=user_message(f"Compute {chain.text}"),
-            answer=str(chain.value),
-            difficulty=cell,
-            extra={"steps": steps, "size": size},
-        )
 
-
-def teach(rng: random.Random, chain: Chain, cell: str, options: Settings) -> Trace:
-    """One response of the noisy teacher."""
-    if rng.random() < options["non_thinking"]:
-        return Trace(str(chain.value), thinking=False, style="answer")
-    style = rng.choices(list(options["styles"]), list(options["styles"].values()))[0]
-    rate = options["slips"][style][parse_cell(cell)[1]]
-    while True:
-        try:
-            reasoning, result = work_out(chain, style, lambda: rng.random() < rate)
-        except LeavesRange:
-            continue
-        return Trace(thinking_response(reasoning, str(result)), thinking=True, style=style)
-
-
-def resolve(settings: Settings) -> dict[str, Any]:
-    """Settings over the defaults, with names checked."""
-    for key in settings:
-        if key not in DEFAULTS:
-            raise UserError(f"arithmetic: unknown setting '{key}'{nearest(key, DEFAULTS)}.")
-    options = {**DEFAULTS, **settings}
-    for cell in options["mix"]:
-        parse_cell(cell)
-    for style in [*options["styles"], *options["slips"]]:
-        if style not in STYLES:
-            raise UserError(f"arithmetic: unknown style '{style}'{nearest(style, STYLES)}.")
-    options["slips"] = {s: {**DEFAULTS["slips"][s], **options["slips"].get(s, {})} for s in STYLES}
-    for style, rates in options["slips"].items():
-        for size, rate in rates.items():
-            if size not in DIGITS or not 0 <= rate < 1:
-                raise UserError(f"arithmetic: slip rate {rate} of '{style}', '{size}'; sizes are {', '.join(DIGITS)}.")
-    return options
+TASK = Arithmetic()

@@ -8,12 +8,6 @@ random attempts without replacement, the last operation looking one step ahead; 
 number of attempts and then answers with its last attempt. So `!` in the text is a verdict as good as any trained value
 (`specs/countdown_world.md` section 4): every result on this task has to show the `!` rules beside it.
 
-Settings (all optional):
-  mix            {"3 numbers": weight, ...}   2 to 5 numbers
-  max_operand    largest operand, at most 20
-  attempts       attempts after which a trace gives up, drawn evenly
-  non_thinking   share of traces that answer at once
-
 Split by the multiset of numbers and the target.
 """
 
@@ -21,41 +15,38 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ziprc.chat import visible_answer
-from ziprc.errors import UserError, nearest
-from ziprc.tasks.base import (
-    Prompt,
-    Settings,
-    Trace,
-    apportion,
-    check_prompts,
-    check_split,
-    fill_cells,
-    prompt_id,
-    split_of,
-    thinking_response,
-    user_message,
-)
+from ziprc.config.base import Unit
+from ziprc.tasks.base import Trace, thinking_response
 from ziprc.tasks.expressions import parse_expression
+from ziprc.tasks.generated import GeneratedTask, MixSettings, Weighs, Weight
 
 SHARES = {"base": 0.60, "train": 0.20, "validation": 0.06, "test": 0.14}
 LARGEST = 99  # of every intermediate value
 LARGEST_OPERAND = 20
 
-DEFAULTS: dict[str, Any] = {
-    "mix": {"3 numbers": 0.3, "4 numbers": 0.5, "5 numbers": 0.2},
-    "max_operand": 20,
-    "attempts": (2, 4, 8, 14),
-    "non_thinking": 0.10,
-}
+CELL = r"^([2-5]) numbers$"  # of the mix
 
-_CELL = re.compile(r"([2-5]) numbers")
+
+class Settings(MixSettings):
+    """`prompts.settings` of this task."""
+
+    mix: Annotated[dict[Annotated[str, Field(pattern=CELL)], Weight], Weighs] = Field(
+        {"3 numbers": 0.3, "4 numbers": 0.5, "5 numbers": 0.2},
+        description="share of the prompts by cell, '<2 to 5> numbers'",
+    )
+    max_operand: int = Field(LARGEST_OPERAND, ge=2, le=LARGEST_OPERAND, description="largest number to calculate with")
+    attempts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (2, 4, 8, 14), min_length=1, description="attempts after which a trace gives up; each trace draws one of these"
+    )
+    non_thinking: Unit = Field(0.10, description="share of the traces that answer at once")
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ def _joined(left: tuple[Fraction, str], right: tuple[Fraction, str], commutes: b
 
 def draw_problem(rng: random.Random, cell: str, max_operand: int) -> Problem:
     """Random numbers and the value of a random chain over them as the target."""
-    size = parse_cell(cell)
+    size = int(cell.partition(" ")[0])
     while True:
         numbers = tuple(rng.randint(1, max_operand) for _ in range(size))
         attempt = draw_attempt(rng, numbers)
@@ -187,38 +178,27 @@ def search_trace(rng: random.Random, problem: Problem, attempts: int) -> tuple[s
     return text, last.expression if last else problem.solution
 
 
-class Countdown:
+class Countdown(GeneratedTask[Problem, Settings]):
     """See the head of the module."""
 
     name = "countdown"
+    shares = SHARES
+    settings = Settings
+    styles = ("claims a hit", "gives up")
 
-    def prompts(self, settings: Settings, split: str, count: int, seed: int) -> list[Prompt]:
-        """Distinct solvable problems of a split in exactly the mix of the settings, shuffled."""
-        check_split(split)
-        options = resolve(settings)
-        rng = random.Random(f"{self.name} prompts {split} {seed}")
-        cells = apportion(count, options["mix"])
-        filled = fill_cells(
-            cells,
-            draw=lambda cell: draw_problem(rng, cell, options["max_operand"]),
-            canonical=lambda problem: problem.canonical,
-            accept=lambda content: split_of(content, SHARES) == split,
-        )
-        prompts = [self._prompt(problem, cell, split) for cell, problems in filled.items() for problem in problems]
-        check_prompts(prompts, cells)
-        rng.shuffle(prompts)
-        return prompts
+    def draw(self, rng: random.Random, cell: str, settings: Settings) -> Problem:
+        return draw_problem(rng, cell, settings.max_operand)
 
-    def traces(self, settings: Settings, count: int, seed: int) -> Iterator[tuple[Prompt, Trace]]:
-        """Problems of the split `base` with a search trace or, now and then, the solution at once."""
-        options = resolve(settings)
-        rng = random.Random(f"{self.name} traces {seed}")
-        for _ in range(count):
-            cell = rng.choices(list(options["mix"]), list(options["mix"].values()))[0]
-            problem = draw_problem(rng, cell, options["max_operand"])
-            while split_of(problem.canonical, SHARES) != "base":
-                problem = draw_problem(rng, cell, options["max_operand"])
-            yield self._prompt(problem, cell, "base"), teach(rng, problem, options)
+    def teach(self, rng: random.Random, problem: Problem, cell: str, settings: Settings) -> Trace:
+        if rng.random() < settings.non_thinking:
+            return Trace(problem.solution, thinking=False, style="answer")
+        text, answer = search_trace(rng, problem, rng.choice(settings.attempts))
+        style = "claims a hit" if "!" in text else "gives up"
+        return Trace(thinking_response(text, answer), thinking=True, style=style)
+
+    def ask(self, problem: Problem, cell: str) -> tuple[str, str, dict[str, Any]]:
+        question = f"Make {problem.target} from {','.join(map(str, problem.numbers))}"
+        return question, problem.solution, {"numbers": list(problem.numbers), "target": problem.target}
 
     def canonical_answer(self, response: str) -> str | None:
         """The same string for algebraically equivalent expressions; None where the answer is no expression."""
@@ -236,43 +216,5 @@ class Countdown:
         reasoning, closed, _ = response.partition("</think>")
         return None if not closed else "claims a hit" if "!" in reasoning else "gives up"
 
-    def _prompt(self, problem: Problem, cell: str, split: str) -> Prompt:
-        numbers = ",".join(str(number) for number in problem.numbers)
-        return Prompt(
-            prompt_id=prompt_id(self.name, self.name, problem.canonical),
-            task=self.name,
-            source=self.name,
-            split=split,
-            messages=user_message(f"Make {problem.target} from {numbers}"),
-            answer=problem.solution,
-            difficulty=cell,
-            extra={"numbers": list(problem.numbers), "target": problem.target},
-        )
 
-
-def teach(rng: random.Random, problem: Problem, options: Settings) -> Trace:
-    """One response of the teacher."""
-    if rng.random() < options["non_thinking"]:
-        return Trace(problem.solution, thinking=False, style="answer")
-    text, answer = search_trace(rng, problem, rng.choice(list(options["attempts"])))
-    return Trace(thinking_response(text, answer), thinking=True, style="claims a hit" if "!" in text else "gives up")
-
-
-def parse_cell(cell: str) -> int:
-    match = _CELL.fullmatch(cell)
-    if not match:
-        raise UserError(f"countdown: '{cell}' is no cell of the difficulty mix; write '2 numbers' to '5 numbers'.")
-    return int(match[1])
-
-
-def resolve(settings: Settings) -> dict[str, Any]:
-    """Settings over the defaults, with names and ranges checked."""
-    for key in settings:
-        if key not in DEFAULTS:
-            raise UserError(f"countdown: unknown setting '{key}'{nearest(key, DEFAULTS)}.")
-    options = {**DEFAULTS, **settings}
-    for cell in options["mix"]:
-        parse_cell(cell)
-    if not 2 <= options["max_operand"] <= LARGEST_OPERAND:
-        raise UserError(f"countdown: max_operand is {options['max_operand']}; it has to be 2 to {LARGEST_OPERAND}.")
-    return options
+TASK = Countdown()

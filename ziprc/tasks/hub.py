@@ -1,77 +1,96 @@
-"""Prompts of any Hub data set, or of a local parquet or jsonl file, by column mapping; and the named benchmarks.
+"""Prompts of any Hub data set, or of a local file, by column mapping; and the named benchmarks.
 
 The stage `prompts` is where an experiment with Hub data touches the network. Splits come either from the data set's
-own splits (`splits: {train: train, test: test}`), or, where it has only one, by the hash of the problem text. With
-`benchmarks` the test prompts are theirs and the data set is for training. Their golds are final answers (MATH-500's
-`answer` column and what follows `####` in GSM8K, where the original systems graded against whole solutions).
+own splits (`splits: {train: "train[2000:]", test: test}`, cut as the library `datasets` cuts; a local file is one split,
+`train`), or, where it has only one, by the hash of the problem text. With `benchmarks` the test prompts are theirs and
+the data set is for training. Their golds are final answers (MATH-500's `answer` column and what follows `####` in GSM8K,
+where the original systems graded against whole solutions).
 
-Settings:
-  benchmarks     names of `BENCHMARKS`: the test prompts
-  dataset        Hub id, or path of a .parquet, .jsonl or .json file; config, revision as on the Hub
-  split          the data set's split that is cut by hash when `splits` does not name one for the split asked for
-  splits         {our split: its split}
-  prompt_column, answer_column, difficulty_column, answer_marker (the gold is what follows it)
-  instruction    text appended to every problem
-  shuffle_seed   order of the rows of each source; the first `count` distinct problems are taken (0: all)
+No problem is in two splits, even where it stands in two data sets: `validation` leaves out what is in `test`, and `train`
+what is in either.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from ziprc.chat import visible_answer
+from ziprc.config.base import Section
 from ziprc.errors import UserError, nearest
-from ziprc.tasks.base import Prompt, Settings, check_split, prompt_id, split_of, user_message
-
-BENCHMARKS: dict[str, dict[str, Any]] = {
-    "aime2024": {
-        "dataset": "Maxwell-Jia/AIME_2024",
-        "split": "train",
-        "prompt_column": "Problem",
-        "answer_column": "Answer",
-    },
-    "amc2023": {"dataset": "zwhe99/amc23", "split": "test", "prompt_column": "question", "answer_column": "answer"},
-    "math500": {
-        "dataset": "HuggingFaceH4/MATH-500",
-        "split": "test",
-        "prompt_column": "problem",
-        "answer_column": "answer",
-        "difficulty_column": "level",
-    },
-    "gsm8k": {
-        "dataset": "openai/gsm8k",
-        "config": "main",
-        "split": "test",
-        "prompt_column": "question",
-        "answer_column": "answer",
-        "answer_marker": "####",
-    },
-}
-
-DEFAULTS: dict[str, Any] = {
-    "benchmarks": [],
-    "dataset": None,
-    "config": None,
-    "revision": None,
-    "split": "train",
-    "splits": {},
-    "prompt_column": "problem",
-    "answer_column": "answer",
-    "difficulty_column": None,
-    "answer_marker": None,
-    "instruction": "",
-    "shuffle_seed": None,
-}
+from ziprc.tables.prompts import content
+from ziprc.tasks.base import Prompt, check_split, prompt_id, split_of, user_message
 
 SHARES = {"base": 0.0, "train": 0.90, "validation": 0.05, "test": 0.05}
+HELD_OUT = {"train": ("validation", "test"), "validation": ("test",)}  # what a split must not share
+FORMATS = (".parquet", ".jsonl", ".json", ".csv")
+
+
+class Source(Section):
+    """A data set and the meaning of its columns."""
+
+    dataset: str | None = Field(None, description="Hub id, or path of a .parquet, .jsonl, .json or .csv file")
+    config: str | None = Field(None, description="of the data set, as on the Hub")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub; empty: the newest")
+    split: str = Field("train", description="the data set's split that is cut by hash where `splits` names none")
+    prompt_column: str = Field("problem", description="problem as text, or as a list of messages with role and content")
+    answer_column: str = Field("answer", description="the right answer")
+    difficulty_column: str | None = Field(None, description="empty: the source is the difficulty")
+    answer_marker: str | None = Field(None, description="the right answer is what follows the last one, e.g. '####'")
+
+
+BENCHMARKS = {
+    "aime2024": Source(dataset="Maxwell-Jia/AIME_2024", prompt_column="Problem", answer_column="Answer"),
+    "amc2023": Source(dataset="zwhe99/amc23", split="test", prompt_column="question"),
+    "math500": Source(dataset="HuggingFaceH4/MATH-500", split="test", difficulty_column="level"),
+    "gsm8k": Source(
+        dataset="openai/gsm8k", config="main", split="test", prompt_column="question", answer_marker="####"
+    ),
+}
+
+
+def _benchmark(name: str) -> str:
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark '{name}'{nearest(name, BENCHMARKS)}")
+    return name
+
+
+class Settings(Source):
+    """`prompts.settings` of this task."""
+
+    benchmarks: tuple[Annotated[str, AfterValidator(_benchmark)], ...] = Field(
+        (), description=f"the test prompts: {', '.join(BENCHMARKS)}"
+    )
+    splits: dict[Literal["train", "validation", "test"], str] = Field(
+        {}, description="the data set's split, or slice of one, for each of ours"
+    )
+    instruction: str = Field("", description="text appended to every problem")
+    shuffle_seed: int | None = Field(
+        None, description="order of the rows, of which the first distinct ones are taken; empty: the run's seed"
+    )
+
 
 _NUMBER = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 _SHORT = 64  # characters up to which an unboxed answer is taken as it stands
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split of a data set that prompts are taken from: all of them, or those whose hash falls into our split."""
+
+    data: Source
+    name: str
+    split: str
+    whole: bool
+    instruction: str
 
 
 class Hub:
@@ -79,14 +98,26 @@ class Hub:
 
     name = "hub"
 
-    def prompts(self, settings: Settings, split: str, count: int, seed: int) -> list[Prompt]:
-        """At most `count` distinct problems of a split (all when 0), shuffled by `shuffle_seed` (else by the seed)."""
+    def prompts(self, settings: Mapping[str, Any], split: str, count: int, seed: int) -> list[Prompt]:
+        """At most `count` distinct problems of a split (all when 0), shuffled by `shuffle_seed` (else by the seed).
+
+        UserError when the data cannot be read, or hold no problem for the split.
+        """
         check_split(split)
-        options = resolve(settings)
-        shuffle_seed = options["shuffle_seed"] if options["shuffle_seed"] is not None else seed
+        options = Settings.model_validate(settings)
+        held_out = set(self._held_out(options, split))
+        shuffle_seed = options.shuffle_seed if options.shuffle_seed is not None else seed
         prompts: dict[str, Prompt] = {}
-        for source in sources(options, split):
-            for prompt in self._source_prompts(source, split, shuffle_seed):
+        for part in parts(options, split):
+            rows = load_rows(part.data, part.split)
+            random.Random(f"hub {shuffle_seed}").shuffle(rows)
+            found = [prompt for prompt in self._prompts(part, rows, split) if content(prompt.messages) not in held_out]
+            if not found:
+                also = f"; what is in {' or '.join(HELD_OUT[split])} too is left out" if held_out else ""
+                raise UserError(
+                    f"hub: '{part.data.dataset}' has no prompt for '{split}' ({len(rows)} rows of its '{part.split}'{also})."
+                )
+            for prompt in found:
                 prompts.setdefault(prompt.prompt_id, prompt)
                 if len(prompts) == count:
                     return list(prompts.values())
@@ -106,74 +137,72 @@ class Hub:
         numbers = _NUMBER.findall(answer)
         return normalise(numbers[-1]) if numbers else None
 
-    def _source_prompts(self, options: Settings, split: str, shuffle_seed: int) -> list[Prompt]:
-        rows = load_rows(options, options["splits"].get(split, options["split"]))
-        check_columns(rows[0] if rows else {}, options)
-        random.Random(f"hub {shuffle_seed}").shuffle(rows)
-        prompts = [self._prompt(row, options, split) for row in rows if row[options["prompt_column"]]]
-        prompts = [prompt for prompt in prompts if belongs(options, prompt, split)]
-        if not prompts:
-            raise UserError(f"hub: '{options['dataset']}' has no prompt for '{split}' ({len(rows)} rows read).")
-        return prompts
+    def _prompts(self, part: Part, rows: list[dict[str, Any]], split: str) -> Iterator[Prompt]:
+        """The rows that are of the split, as prompts; UserError when a column that the settings name is in no row."""
+        data = part.data
+        columns = {column for row in rows for column in row}
+        for column in (data.prompt_column, data.answer_column, data.difficulty_column):
+            if rows and column and column not in columns:
+                raise UserError(
+                    f"hub: '{data.dataset}' has no column '{column}'{nearest(column, columns)}; it has "
+                    f"{', '.join(sorted(columns))}. Set `prompt_column` and `answer_column`."
+                )
+        for row in rows:
+            if not row.get(data.prompt_column):
+                continue
+            messages = chat_messages(row[data.prompt_column], part.instruction, data)
+            if part.whole or split_of(content(messages), SHARES) == split:
+                yield Prompt(
+                    prompt_id=prompt_id(self.name, part.name, content(messages)),
+                    task=self.name,
+                    source=part.name,
+                    split=split,
+                    messages=messages,
+                    answer=gold(row.get(data.answer_column), data.answer_marker),
+                    difficulty=str(row.get(data.difficulty_column)) if data.difficulty_column else part.name,
+                )
 
-    def _prompt(self, row: Mapping[str, Any], options: Settings, split: str) -> Prompt:
-        messages = chat_messages(row[options["prompt_column"]], options["instruction"])
-        source, column = options["source"], options["difficulty_column"]
-        return Prompt(
-            prompt_id=prompt_id(self.name, source, canonical_content(messages)),
-            task=self.name,
-            source=source,
-            split=split,
-            messages=messages,
-            answer=gold(row[options["answer_column"]], options["answer_marker"]),
-            difficulty=str(row[column]) if column else source,
-            extra={},
-        )
+    def _held_out(self, options: Settings, split: str) -> Iterator[str]:
+        """Contents of the problems that the split must not share. Where the hash cuts both, it cuts by content already."""
+        for other in HELD_OUT.get(split, ()):
+            named = other in options.splits or (other == "test" and options.benchmarks)
+            if named or (split in options.splits and not options.benchmarks):
+                for part in parts(options, other):
+                    rows = load_rows(part.data, part.split)
+                    yield from (content(prompt.messages) for prompt in self._prompts(part, rows, other))
 
 
-def resolve(settings: Settings) -> dict[str, Any]:
-    """Settings over the defaults, with names checked."""
-    for key in settings:
-        if key not in DEFAULTS:
-            raise UserError(f"hub: unknown setting '{key}'{nearest(key, DEFAULTS)}.")
-    for benchmark in settings.get("benchmarks", []):
-        if benchmark not in BENCHMARKS:
-            raise UserError(f"hub: unknown benchmark '{benchmark}'{nearest(benchmark, BENCHMARKS)}.")
-    return {**DEFAULTS, **settings}
+TASK = Hub()
 
 
-def sources(options: Settings, split: str) -> list[dict[str, Any]]:
-    """Options of every data set that the split is read from: the benchmarks for `test`, else the data set."""
-    if split == "test" and options["benchmarks"]:
-        own = {"instruction": options["instruction"], "splits": {}}
-        return [
-            {**DEFAULTS, **BENCHMARKS[name], **own, "source": name, "whole": True} for name in options["benchmarks"]
-        ]
-    if not options["dataset"]:
+def parts(options: Settings, split: str) -> list[Part]:
+    """What the split is read from: the benchmarks for `test`, else the data set."""
+    if split == "test" and options.benchmarks:
+        data = {name: BENCHMARKS[name] for name in options.benchmarks}
+        return [Part(source, name, source.split, True, options.instruction) for name, source in data.items()]
+    if not options.dataset:
         raise UserError(
-            f"hub: name a `dataset` (Hub id or path of a .parquet or .jsonl file) for the split '{split}'"
-            + ("." if options["benchmarks"] else f", or `benchmarks` out of {', '.join(BENCHMARKS)}.")
+            f"hub: name a `dataset` (Hub id, or path of a {', '.join(FORMATS)} file) for the split '{split}'"
+            + ("." if options.benchmarks else f", or `benchmarks` out of {', '.join(BENCHMARKS)}.")
         )
-    whole = split in options["splits"] or bool(options["benchmarks"])
-    if split != "train" and whole and split not in options["splits"]:
-        raise UserError(f"hub: beside benchmarks '{options['dataset']}' has no split '{split}'; name it in `splits`.")
-    return [{**options, "source": options["dataset"], "whole": whole}]
+    named = split in options.splits
+    if split != "train" and options.benchmarks and not named:
+        raise UserError(f"hub: beside benchmarks '{options.dataset}' has no split '{split}'; name it in `splits`.")
+    theirs = options.splits.get(split, options.split)
+    return [Part(options, options.dataset, theirs, named or bool(options.benchmarks), options.instruction)]
 
 
-def belongs(options: Settings, prompt: Prompt, split: str) -> bool:
-    """Benchmarks and named splits are taken whole; anything else is cut by the hash of the problem."""
-    return options["whole"] or split_of(canonical_content(prompt.messages), SHARES) == split
-
-
-def canonical_content(messages: tuple[dict[str, str], ...]) -> str:
-    """The words of the conversation, whatever the white space."""
-    return " ".join(" ".join(message["content"] for message in messages).split())
-
-
-def chat_messages(problem: str | list[Mapping[str, str]], instruction: str) -> tuple[dict[str, str], ...]:
+def chat_messages(problem: Any, instruction: str, data: Source) -> tuple[dict[str, str], ...]:
     """A problem text, or a list of messages as some data sets have it, as messages."""
     if isinstance(problem, str):
         return user_message(f"{problem}\n{instruction}" if instruction else problem)
+    if not isinstance(problem, list) or not all(
+        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in problem
+    ):
+        raise UserError(
+            f"hub: '{data.dataset}', column '{data.prompt_column}': expected a text or a list of messages with role and "
+            f"content, found {str(problem)[:100]!r}."
+        )
     return tuple({"role": str(message["role"]), "content": str(message["content"])} for message in problem)
 
 
@@ -185,53 +214,72 @@ def gold(answer: Any, marker: str | None) -> str | None:
     return (text.rpartition(marker)[2] if marker else text).strip() or None
 
 
-def check_columns(row: Mapping[str, Any], options: Settings) -> None:
-    wanted = [options["prompt_column"], options["answer_column"], options["difficulty_column"]]
-    missing = [column for column in wanted if column and column not in row]
-    if missing:
-        raise UserError(
-            f"hub: '{options['dataset']}' has no column '{missing[0]}'{nearest(missing[0], row)}; it has "
-            f"{', '.join(sorted(row)) or 'no rows'}. Set `prompt_column` and `answer_column`."
-        )
+def load_rows(data: Source, split: str) -> list[dict[str, Any]]:
+    """All rows of a split, or of a slice of one, on the Hub or in a local file."""
+    path = Path(data.dataset or "")
+    if path.suffix in FORMATS:
+        return file_rows(path, split)
+    if path.is_file():
+        raise UserError(f"hub: {path} is in none of the formats that are read: {', '.join(FORMATS)}.")
+    return hub_rows(data, split)
 
 
-def load_rows(options: Settings, split: str) -> list[dict[str, Any]]:
-    """All rows of a local file, or of a split on the Hub."""
-    path = Path(options["dataset"])
-    if path.suffix in (".parquet", ".jsonl", ".json"):
-        return local_rows(path)
-    return hub_rows(options, split)
+def file_rows(path: Path, split: str) -> list[dict[str, Any]]:
+    """Rows of a local file, whose only split is `train`, cut by the library `datasets`.
 
+    It does not read them, for it would guess types: 1 and 2.5 in one column become 1.0 and 2.5, `2020-01-01` a time.
+    """
+    from datasets import ReadInstruction
 
-def local_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        raise UserError(f"hub: the data set file {path} does not exist.")
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+        rows = read_file(path)
+        cuts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    except FileNotFoundError:
+        raise UserError(f"hub: the data set file {path} does not exist.") from None
+    except (OSError, ValueError, csv.Error) as error:  # errors of json, pyarrow and datasets are ValueErrors
+        raise UserError(
+            f"hub: '{split}' of {path} cannot be read: {str(error).rstrip('.')}. The file has to be {path.suffix[1:]} with a "
+            "row a problem, and is one split, 'train', of which a slice is written 'train[:100]'."
+        ) from error
+    return [row for cut in cuts for row in rows[cut.from_ : cut.to]]
 
-            return pyarrow.parquet.read_table(path).to_pylist()
-        text = path.read_text()
-        return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors; json's too
-        raise UserError(f"hub: {path} cannot be read as {path.suffix[1:]}: {error}") from error
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file in one of FORMATS; ValueError with the line where the format tells one."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with path.open(encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(lines, strict=True))
+        elif path.suffix == ".json":
+            rows = json.load(lines)
+        else:
+            rows = []
+            for number, line in enumerate(lines, 1):
+                try:
+                    rows += [json.loads(line)] if line.strip() else []
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
+        raise ValueError("expected a list of rows, each with the same named columns")
+    return rows
 
 
-def hub_rows(options: Settings, split: str) -> list[dict[str, Any]]:
+def hub_rows(data: Source, split: str) -> list[dict[str, Any]]:
     """Rows of a Hub split. The boundary to the network: whatever fails there becomes one message."""
     import datasets
 
-    name = options["dataset"]
     try:
-        rows = datasets.load_dataset(name, options["config"], split=split, revision=options["revision"])
+        return list(datasets.load_dataset(data.dataset, data.config, split=split, revision=data.revision))
     except Exception as error:
         raise UserError(
-            f"The stage `prompts` needs network to read the data set '{name}' (split '{split}') from the Hugging Face "
-            f"Hub, and it could not be read: {type(error).__name__}: {str(error)[:300]}. On a machine with network, "
+            f"The stage `prompts` needs network to read the data set '{data.dataset}' (split '{split}') from the Hugging "
+            f"Face Hub, and it could not be read: {type(error).__name__}: {str(error)[:300]}. On a machine with network, "
             "run `make fetch EXPERIMENT=<experiment>`; it fills the cache at HF_HOME, which this machine then reads "
             "offline. Every later stage works without network."
         ) from error
-    return [dict(row) for row in rows]
 
 
 def last_boxed(text: str) -> str | None:

@@ -87,8 +87,11 @@ def _whole_prompts(graded: NDArray[np.int64], rows: int, samples: int) -> NDArra
 def _texts(
     task: Task, rollouts: pa.Table, finished: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], list[str]]:
-    """Numbers of the canonical answers within each prompt, style codes, and the names of the styles."""
-    style_of = getattr(task, "style_of", lambda _: None)
+    """Numbers of the canonical answers within each prompt, style codes, and the names of the styles.
+
+    A style's code is its place among the styles of the task, so that it means the same in every pool.
+    """
+    style_of, styles = getattr(task, "style_of", lambda _: None), sorted(getattr(task, "styles", ()))
     texts, prompts = rollouts["response_text"].to_pylist(), rollouts["prompt_id"].to_pylist()
     numbers: dict[tuple[str, str], int] = {}
     answer = np.full(len(texts), -1, np.int32)
@@ -97,6 +100,5 @@ def _texts(
         if found is not None:
             answer[i] = numbers.setdefault((prompts[i], found), len(numbers))
     names = [style_of(text) for text in texts]
-    styles = sorted({name for name in names if name})
     code = np.array([styles.index(name) if name else NO_STYLE for name in names], np.float32)
     return answer, code, styles
