@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,7 +25,9 @@ from ziprc.config.base import Runtime
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import Head
 from ziprc.errors import UserError
+from ziprc.integrations.fetch import fetch_experiment
 from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_joint_head, read_manifest
+from ziprc.joint.hub import local_model
 from ziprc.joint.readout import body_states
 from ziprc.joint.vocabulary import VocabLayout
 from ziprc.stages import base as base_stage
@@ -575,7 +580,7 @@ def test_base_copies_a_local_folder_and_refuses_one_without_a_chat_template(tmp_
     layout = Layout(tmp_path, "tiny")
     base_stage.run(World(scratch_config(model=str(source)), layout).context("base", "base"))
     assert (layout.checkpoint("base") / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    assert read_manifest(layout.checkpoint("base"))["base"]["model"] == str(source)
+    assert read_manifest(layout.checkpoint("base"))["base"] == {"model": str(source), "revision": None, "commit": None}
     (source / "chat_template.jinja").unlink()
     other = Layout(tmp_path, "other")
     with pytest.raises(UserError, match="no chat template"):
@@ -583,13 +588,65 @@ def test_base_copies_a_local_folder_and_refuses_one_without_a_chat_template(tmp_
     assert not manifest_of(other.checkpoint("base")).exists()
 
 
-def test_base_offline_says_which_stage_needs_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import OfflineModeIsEnabled
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-    def offline(*args: Any, **options: Any) -> None:
-        raise OfflineModeIsEnabled("offline")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"Stage `base` needs the network.*make fetch EXPERIMENT=tiny"):
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Hugging Face cache, offline, that holds a tiny model as `some/model`: files are links to blobs, as the Hub has it."""
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = repository / "snapshots" / COMMIT
+    tiny_checkpoint(tmp_path / "source", joint=False)
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted((tmp_path / "source").iterdir())):
+        path.rename(repository / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_base_is_built_offline_from_a_filled_cache_and_names_the_commit(cache: Path, tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "tiny")
+    base_stage.run(World(scratch_config(model="some/model"), layout).context("base", "base"))
+    folder = layout.checkpoint("base")
+    assert read_manifest(folder)["base"] == {"model": "some/model", "revision": None, "commit": COMMIT}
+    shutil.rmtree(tmp_path / "hub")
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert load_model(folder).dtype == torch.float32 and load_tokenizer(folder).chat_template
+
+
+def test_fetch_and_the_judge_find_what_is_in_the_cache_and_refuse_what_cannot_be_used(cache: Path) -> None:
+    config = scratch_config(model="some/model")
+    assert fetch_experiment(config) == f"fetch: some/model at {COMMIT}"
+    assert local_model("some/model", None, "grades.judge.model") == cache
+    with pytest.raises(UserError, match=r"revision v2.*hf download some/model --revision v2"):
+        local_model("some/model", "v2", "base.model", download=True)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (cache / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"base.model 'some/model' needs .* lacks model-00002-of-00002.safetensors"):
+        fetch_experiment(config)
+    (cache / "model.safetensors.index.json").unlink()
+    (cache / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"grades.judge.model 'some/model' has no chat template"):
+        fetch_experiment(Config.model_validate({"grades": {"judge": {"model": "some/model"}}}))
+
+
+def test_fetch_reads_every_split(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"problem": f"What is {i}?", "answer": str(i)}) for i in range(60)))
+    splits = {"train": "train[20:]", "validation": "train[:10]", "test": "train[10:20]"}
+    prompts = {"task": "hub", "settings": {"dataset": str(rows), "splits": splits}}
+    found = fetch_experiment(Config.model_validate({"prompts": prompts}))
+    assert found == "fetch: 40 prompts of train; 10 prompts of validation; 10 prompts of test"
+    prompts["settings"]["splits"]["validation"] = "dev"
+    with pytest.raises(UserError, match='Unknown split "dev"'):
+        fetch_experiment(Config.model_validate({"prompts": prompts}))
+    assert "offline" in fetch_experiment(Config())
+
+
+def test_base_offline_says_how_to_fetch(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"base.model, revision newest.*could not be fetched.*make fetch EXPERIMENT="):
         base_stage.run(World(scratch_config(model="nobody/nothing"), Layout(tmp_path, "tiny")).context("base", "base"))

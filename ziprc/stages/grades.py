@@ -17,7 +17,6 @@ from typing import Any
 from ziprc.chat import visible_answer
 from ziprc.config.base import Sampling
 from ziprc.config.load import Config
-from ziprc.config.shared import Judge
 from ziprc.engines.base import make_engine, settings_for
 from ziprc.errors import UserError
 from ziprc.rewards.base import Decision, Grade, Grader, Question, decide, lacks_answer, ungraded
@@ -56,32 +55,16 @@ def judge_grader(config: Config) -> Iterator[Grader | None]:
         yield None
         return
     from ziprc.joint.checkpoint import load_tokenizer
+    from ziprc.joint.hub import local_model
 
-    own, machine, folder = config.grades.judge, config.runtime, judge_folder(config.grades.judge)
+    own, machine = config.grades.judge, config.runtime
+    folder = local_model(own.model, own.revision, "grades.judge.model")
     tokenizer = load_tokenizer(folder)
     greedy = Sampling(temperature=0, min_p=0)
     settings = settings_for(folder, tokenizer, own, greedy, machine, machine.judge_tensor_parallel)
     engine = make_engine(config.rollouts.engine, settings)
     with contextlib.closing(engine):
         yield JudgeGrader(engine, tokenizer, own.max_model_len, own.max_new_tokens)
-
-
-def judge_folder(judge: Judge) -> Path:
-    """The judge's local folder; UserError when it was not fetched, for this stage does not touch the network."""
-    if Path(judge.model).is_dir():
-        return Path(judge.model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(judge.model, revision=judge.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        revision = f" --revision {judge.revision}" if judge.revision else ""
-        raise UserError(
-            f"The judge '{judge.model}' (grades.judge.model) is neither a folder nor in the local Hugging Face cache, "
-            "and the stage grades does not use the network. Fetch it beforehand: "
-            f"`hf download {judge.model}{revision}`."
-        ) from None
 
 
 def items_of(rollouts: Sequence[Row], prompts: Mapping[str, Row]) -> dict[Item, Question]:
