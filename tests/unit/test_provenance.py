@@ -19,11 +19,12 @@ from ziprc.plan.provenance import REVISION_VARIABLE, hand_on_revision, revision
 from ziprc.plan.stage import Ref
 from ziprc.plan.verify import verify
 from ziprc.stages import prompts
-from ziprc.stages.context import Context, perform
+from ziprc.stages.context import Context, perform, refuse_shared_prompts
 from ziprc.store.digests import digest_file
 from ziprc.store.files import disk_errors_explained, output_lock, write_json, write_text
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import read_sealed, require_intact, write_manifest, write_sealed
+from ziprc.tables.prompts import PROMPTS
 
 CONFIG = {"prompts": {"train": 3, "validation": 2, "test": 2}}
 
@@ -273,3 +274,16 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
         raise KeyError("bug")
     with output_lock(tmp_path / "x"), pytest.raises(json.JSONDecodeError), disk_errors_explained(tmp_path):
         json.loads("{")
+
+
+def test_splits_that_share_a_prompt_are_refused_by_what_trains_or_judges(context: Context) -> None:
+    graph = context.graph
+    assert {name for name, stage in graph.stages.items() if stage.held_out} == {
+        "train_joint", "baselines", "calibration", "frontier", "evaluate",
+    }  # fmt: skip
+    other = Context(graph, Ref("prompts", "test"))
+    perform(prompts.run, other)
+    refuse_shared_prompts(graph)
+    PROMPTS.write(other.target, PROMPTS.read(table(context)))
+    with pytest.raises(UserError, match=r"train.*test.*3"):
+        refuse_shared_prompts(graph)

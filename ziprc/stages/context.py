@@ -33,6 +33,7 @@ from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import require_intact, write_manifest
 from ziprc.systems import graph_of
 from ziprc.tables.check import TableSchema
+from ziprc.tables.prompts import PROMPTS, check_disjoint
 
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -115,14 +116,16 @@ def is_main_process() -> bool:
 def perform(run: Run, context: Context) -> str:
     """Make the artifact unless it is there already, with its provenance; the closing line.
 
-    Raises UserError for inputs that are missing or damaged, for an output that somebody else is writing, and for a disk
-    that is full or read-only.
+    Raises UserError for inputs that are missing or damaged, for splits that share a prompt, for an output that somebody else
+    is writing, and for a disk that is full or read-only.
     """
     clock, main, home = Clock(), is_main_process(), context.graph.layout.home
     with disk_errors_explained(home), output_lock(context.target) if main else contextlib.nullcontext():
         if main:
             for parent in context.reads.values():
                 require_intact(parent)
+            if context.graph.stage(context.ref.stage).held_out:
+                refuse_shared_prompts(context.graph)
         if done := already_made(context):
             return done
         recipe = recipe_of(context.graph, context.ref)
@@ -130,6 +133,12 @@ def perform(run: Run, context: Context) -> str:
         if main:
             write_record(context.graph, context.ref, recipe, clock)
     return f"{line} ({clock.seconds():.1f} s)"
+
+
+def refuse_shared_prompts(graph: Graph) -> None:
+    """UserError when the splits that are there share a prompt: nothing may be judged by what it was trained on."""
+    splits = {name: graph.target(Ref("prompts", name)) for name in graph.stage("prompts").variants(graph.config)}
+    check_disjoint({name: PROMPTS.read(path) for name, path in splits.items() if path.exists()})
 
 
 def already_made(context: Context) -> str | None:
