@@ -93,6 +93,7 @@ class Evaluate(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
     ece_bins: int = Field(10, ge=2)
     last_k: int = Field(8, ge=1, description="states averaged at the end of a response")
+    targets: bool = Field(False, description="judge the headline numbers by the targets, which belong to the toy scale")
 
 
 class Report(Section):

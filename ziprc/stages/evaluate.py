@@ -16,9 +16,11 @@ def run(context: Context) -> str:
     metrics = importlib.import_module(context.variant.evaluation).metrics(context.config, context.reads)
     write_json(context.target, {"experiment": context.graph.layout.experiment} | metrics)
     context.write_manifest()
-    met = [record["met"] for record in metrics["headline"]]
-    prompts = metrics["counts"]["prompts"]["test"]
-    return f"wrote {context.target}: {sum(map(bool, met))} of {len(met)} targets met on {prompts} held-out prompts"
+    met, prompts = [record["met"] for record in metrics["headline"]], metrics["counts"]["prompts"]["test"]
+    found = f"{len(met)} headline numbers"
+    if context.config.evaluate.targets:
+        found = f"{sum(map(bool, met))} of {len(met)} targets met"
+    return f"wrote {context.target}: {found} on {prompts} held-out prompts"
 
 
 if __name__ == "__main__":

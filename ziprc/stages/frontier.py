@@ -21,9 +21,7 @@ def run(context: Context) -> str:
     record = sampling_record(config.frontier, fitted, pools["validation"], pools["test"], seed)
     write_json(target, record)
     context.write_manifest()
-    met = [row["met"] for row in record["headline"]]
-    families, prompts = len(record["families"]), len(pools["test"].prompt_ids)
-    return f"{families} families on {prompts} prompts, {met.count(True)} of {len(met)} targets met, wrote {target}"
+    return f"{len(record['families'])} families on {len(pools['test'].prompt_ids)} prompts, wrote {target}"
 
 
 if __name__ == "__main__":

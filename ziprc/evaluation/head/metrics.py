@@ -216,7 +216,7 @@ class NoLoss(Target):
 
 
 def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The targets of the `toy` scale and how they came out."""
+    """The headline numbers against the targets of the `toy` scale; what is shown of them, `evaluate.targets` says."""
     prediction, length = metrics["prediction"][MAIN], metrics["length"][MAIN]
     worst_ece = max((prediction[m]["ece"] for m in MOMENTS), key=lambda r: r["value"] or 0.0)
     targets: Sequence[Target] = (
