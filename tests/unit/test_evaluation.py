@@ -7,13 +7,16 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from markupsafe import escape
 
 from tests.doubles import GRID, World, tiny_experiment
 from ziprc.config.load import Config
@@ -30,10 +33,11 @@ from ziprc.joint import readout
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model, read_joint_head
 from ziprc.joint.readout import TokenPair
-from ziprc.pages import dag
 from ziprc.pages import inspect as inspection
-from ziprc.pages.report import negative_findings, read_costs
+from ziprc.pages import zip_rc
+from ziprc.pages.report import costs, facts, made_from, making, read_provenance, render
 from ziprc.pages.summary import summary
+from ziprc.pages.zip_rc import findings
 from ziprc.reading import states as states_module
 from ziprc.reading.logits import Reading, kl_drift, token_scores
 from ziprc.reading.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
@@ -65,7 +69,13 @@ CONFIG = {
         "lite": {"label": "value", "reward_centres": list(GRID.reward_centres), "trainable": "slice"},
     },
 }
-POINT = {"accuracy": {"value": 0.7, "low": 0.6, "high": 0.8}, "tokens": 80.0}
+POINT = {
+    "accuracy": {"value": 0.7, "low": 0.6, "high": 0.8},
+    "tokens": 80.0,
+    "cost": 1.5,
+    "latency": 40.0,
+    "samples": 2.0,
+}
 FRONTIER = {"budgets": {"2": 80.0}, "families": {"zip-rc-plus": {"points": {"2": POINT}}}}
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -559,6 +569,38 @@ def test_the_report_is_one_file_that_fetches_nothing(experiment: World):
     assert "@import" not in page
 
 
+def test_the_report_says_at_its_top_when_by_which_code_and_from_which_model_it_was_made(tmp_path: Path):
+    def record(stage: str, started: str, commit: str | None, diff: str | None = None) -> dict[str, Any]:
+        return {"stage": stage, "started": f"{started}T10:00:00+00:00", "code": {"commit": commit, "diff": diff}}
+
+    layout = Layout(tmp_path, "tiny")
+    config = {"seed": 3, "base": {"model": "org/model", "revision": None}}
+    assert facts(config, layout, []) == ["no provenance", "base model org/model", "seed 3"]
+    made = [record("base", "2026-02-01", "a" * 40), record("values", "2026-02-03", "b" * 40, "x.diff")]
+    old = record("report", "2025-01-01", "c" * 40)
+    write_json(
+        layout.checkpoint("base") / "ziprc.json",
+        {"base": {"model": "org/model", "revision": "main", "commit": "d" * 40}},
+    )
+    assert facts(config, layout, [*made, old]) == [
+        "2026-02-01 to 2026-02-03", f"commit {'b' * 12} with uncommitted changes, {'a' * 12}",
+        f"base model org/model at {'d' * 40}", "seed 3",
+    ]  # fmt: skip
+
+
+def test_a_stage_names_targets_only_where_the_experiment_is_judged(experiment: World):
+    config = experiment.config
+    judged = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"targets": True})})
+    path = experiment.layout.home / "metrics/zip-rc.json"
+    before = path.read_bytes()
+    assert "7 headline numbers on 12 held-out" in evaluate.run(experiment.context("evaluate", "zip-rc"))
+    assert "of 7 targets met on 12 held-out" in evaluate.run(
+        replace(experiment, config=judged).context("evaluate", "zip-rc")
+    )
+    assert path.read_bytes() == before
+    evaluate.run(experiment.context("evaluate", "zip-rc"))
+
+
 def test_the_report_shows_adaptive_sampling_first(experiment: World):
     page = (experiment.layout.home / "report.html").read_text()
     titles = re.findall("<h2>(.*?)</h2>", page)
@@ -604,7 +646,7 @@ def test_model_text_is_escaped_everywhere(experiment: World, monkeypatch: pytest
     ]
     evil = [replace(r, joint=type(r.joint)(r.joint.grid, r.joint.probabilities[:3])) for r in evil]
     monkeypatch.setattr(inspection, "load_rollouts", lambda *a: evil)
-    monkeypatch.setattr(report, "load_rollouts", lambda *a: evil)
+    monkeypatch.setattr(zip_rc, "load_rollouts", lambda *a: evil)
     report.run(experiment.context("report", "report"))
     page = (experiment.layout.home / "report.html").read_text()
     assert "<img" not in page and "</script>" not in page and "&lt;/script&gt;&lt;b&gt;" in page
@@ -613,6 +655,54 @@ def test_model_text_is_escaped_everywhere(experiment: World, monkeypatch: pytest
     data = inspected.partition('type="application/json">')[2].partition("</script>")[0]
     assert json.loads(data)["rollouts"][0]["tokens"] == ["</script><b>", "&\u2028", "\x1b[2J"]
     assert "\x1b" not in inspection.inspect_text(experiment.layout.home)
+
+
+def test_what_others_named_never_becomes_a_tag_in_any_section(experiment: World):
+    evil, plain = "<img src=x onerror='a(1)'>\"{{ 7*7 }}", "plain"
+    assert tags_of(full_report(experiment, evil)) == tags_of(full_report(experiment, plain))
+    assert escape(evil) in full_report(experiment, evil)
+
+
+def full_report(experiment: World, name: str) -> str:
+    """The whole page, with `name` wherever a name comes from a configuration, a data set or a model."""
+    metrics = read_json(experiment.layout.home / "metrics/zip-rc.json")
+    for part in ("prediction", "difference", "length", "joint"):
+        metrics[part] |= {name: next(iter(metrics[part].values()))}
+    for part in ("rollouts", "prompts", "tokens_generated", "tokens_trained"):
+        metrics["counts"][part][name] = 1
+    metrics["headline"][0]["name"] = name
+    style = {"style": name, "share": 1.0, "pass_at_1": POINT["accuracy"]}
+    metrics["base"]["cells"][0] |= {"cell": name, "best_style": name, "styles": [style]}
+    settings = experiment.config.model_dump(mode="json") | {"seed": name, name: name}
+    settings["base"] |= {"model": name, "revision": name}
+    frontier = {
+        "budgets": {"2": 80.0},
+        "families": {"zip-rc-plus": {"points": {"2": POINT}}, name: {"points": {"2": POINT}}},
+    }
+    rollouts = [
+        replace(r, question=name, difficulty=name, tokens=[name])
+        for r in inspection.load_rollouts(experiment.layout, "ziprc", 1)
+    ]
+    rollouts = [replace(r, joint=type(r.joint)(r.joint.grid, r.joint.probabilities[:1])) for r in rollouts]
+    provenance = [
+        {"stage": name, "name": name, "seconds": 1.0, "peak_memory_mib": {"process": 1.0, "largest_child": 2.0},
+         "started": "2026-01-02T03:04:05+00:00", "code": {"commit": name, "diff": None}}
+    ]  # fmt: skip
+    sections = zip_rc.laid_out(metrics, frontier, {}, rollouts, 0, judged=True)
+    sections += making(settings, experiment.layout, provenance)
+    return render(name, [name], facts(settings, Layout(Path("nowhere"), "none"), provenance), sections)
+
+
+def tags_of(page: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Every tag of a page in order, with the names of its attributes."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.append((tag, tuple(name for name, _ in attrs)))
+
+    Tags().feed(page)
+    return found
 
 
 def test_the_terminal_gets_colours_only_when_it_is_one(experiment: World, monkeypatch: pytest.MonkeyPatch):
@@ -639,26 +729,30 @@ def test_length_labels_are_whole_tokens():
     assert inspection.length_labels(BinGrid((0, 1), (0, 1, 2, 8, 16))) == ["0", "1", "2–7", "8+"]
 
 
-def test_the_graph_comes_from_the_manifests(experiment: World):
-    graph = dag.read_graph(experiment.layout)
-    assert set(graph["values/train"]) == {"rollouts/train", "checkpoints/noisy-fold0", "checkpoints/noisy-fold1"}
-    depth = {name: k for k, column in enumerate(dag.columns(graph)) for name in column}
-    assert all(depth[parent] < depth[name] for name, parents in graph.items() for parent in parents)
-    assert "metrics" in dag.draw(graph)
+def test_what_was_made_from_what_comes_from_the_manifests(experiment: World):
+    made = dict(made_from(experiment.layout))
+    assert made["values/train"] == ["checkpoints/noisy-fold0", "checkpoints/noisy-fold1", "rollouts/train"]
+    place = {name: i for i, name in enumerate(made)}
+    assert all(place[parent] < place[name] for name, parents in made.items() for parent in parents)
+    page = (experiment.layout.home / "report.html").read_text()
+    assert f'<tr><td>values/train</td><td class="wrap">{", ".join(made["values/train"])}</td></tr>' in page
 
 
 def test_findings_name_missed_targets_and_better_baselines(experiment: World):
-    found = " ".join(negative_findings(read_json(experiment.layout.home / "metrics/zip-rc.json")))
+    metrics = read_json(experiment.layout.home / "metrics/zip-rc.json")
+    found = " ".join(findings(metrics, judged=True))
     assert "wanted at least" in found  # heads with random weights reach no target
     assert "log-probabilities" in found
+    free = " ".join(findings(metrics, judged=False))
+    assert "wanted" not in free and "log-probabilities" in free
 
 
 def test_costs_are_read_from_the_provenance(tmp_path: Path):
     layout = Layout(tmp_path, "tiny")
-    assert read_costs(layout.home / "provenance") == []
+    assert read_provenance(layout) == []
     context = World(Config.model_validate({"prompts": {"train": 3}}), layout).context("prompts", "train")
     perform(prompts.run, context)
-    (cost,) = read_costs(layout.home / "provenance")
+    (cost,) = costs(read_provenance(layout))
     assert cost.job == "prompts train" and cost.seconds < 60 and cost.peak_mib > 10
 
 
@@ -668,5 +762,6 @@ def test_the_summary_has_a_row_per_target_and_a_column_per_run(tmp_path: Path) -
         result = {"value": value, "low": value - 0.01, "high": None if name == "b" else value + 0.01}
         result["low"] = None if name == "b" else result["low"]
         write_json(tmp_path / name / "metrics/zip-rc.json", {"headline": [{**record, "result": result}]})
+        write_manifest(tmp_path / name / "metrics/zip-rc.json", {"evaluate": {"targets": True}}, {})
     last = summary([tmp_path / "a", tmp_path / "b"]).splitlines()[-1]
     assert last == "| AUROC | ≥ 0.8 | 0.900 [0.890, 0.910] | 0.850 | yes, yes |"

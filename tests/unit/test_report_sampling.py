@@ -14,13 +14,21 @@ from ziprc.evaluation.bootstrap import Resampling
 from ziprc.evaluation.calibration import calibration_metrics, reliability_curve
 from ziprc.evaluation.samplers.frontier import Costs, Family, Outcome, difference_records, family_record
 from ziprc.pages.figures import best_rivals, frontier, frontier_figure, in_order
-from ziprc.pages.samplers import sampling_findings, sampling_section
+from ziprc.pages.html import fill
+from ziprc.pages.samplers import findings, section
 from ziprc.pages.summary import summary
 from ziprc.store.files import read_json, write_json
+from ziprc.store.manifest import write_manifest
 
 PROMPTS, ONE = 200, 40.0
 BUDGETS = {"2": 2 * ONE, "4": 4 * ONE, "8": 8 * ONE, "16": 16 * ONE}
 EVIL = "<img src=x>&$\\alpha"  # neither HTML nor matplotlib's mathematics
+
+
+def shown(record: dict[str, Any], live: dict[str, Any] | None = None, judged: bool = True) -> str:
+    """The section as HTML."""
+    found = section(record, live or {}, judged)
+    return fill(found.template, **found.data)
 
 
 def family(name: str, at: dict[float, float]) -> Family:
@@ -92,14 +100,14 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page(record: dict[str, Any]) -> str:
-    return sampling_section(record)
+    return shown(record)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
 
 
 def test_the_sentences_say_what_the_record_says(page: str) -> None:
-    assert "At 2 samples&#x27; worth of tokens (80 per prompt) zip-rc-plus answers 70.0 % [" in page
+    assert "At 2 samples&#39; worth of tokens (80 per prompt) zip-rc-plus answers 70.0 % [" in page
     assert "majority 52.0 %" in page
     assert "the best of 2 competitors (sequential-logprob) 65.0 %; paired difference +5.0 points [+" in page
 
@@ -149,7 +157,7 @@ def test_budgets_rise_from_left_to_right_though_files_sort_them_as_text(page: st
 
 
 def test_findings_name_missed_targets_unbeaten_competitors_and_idle_ideas(record: dict[str, Any]) -> None:
-    found = sampling_findings(record)
+    found = findings(record, judged=True)
     assert "Sampling, budgets above: 2, wanted at least 4." in found
     assert any(line.startswith("Sampling, share of tokens: cannot be said") for line in found)
     assert "With tokens for 8, 16 samples, better than zip-rc-plus: sequential-logprob." in found
@@ -162,12 +170,21 @@ def test_findings_say_where_one_waits_longer_or_an_idea_harms(record: dict[str, 
     worse = copy.deepcopy(record)
     worse["families"]["zip-rc-plus"]["points"]["4"]["latency"] = 99.0
     worse["ablations"]["zip-rc-plus: no vote"]["difference"]["2"] = {"value": 0.05, "low": 0.01, "high": 0.09}
-    found = sampling_findings(worse)
+    found = findings(worse, judged=True)
     assert (
         "zip-rc-plus makes one wait longer than majority: 99 serial steps against 40 with tokens for 4 samples."
         in found
     )
     assert "zip-rc-plus: taking away the vote makes it better with tokens for 2 samples." in found
+
+
+def test_without_targets_the_numbers_stand_without_a_verdict(page: str, record: dict[str, Any]) -> None:
+    free = shown(record, judged=False)
+    assert re.findall('class="big">.*?<', free) == re.findall('class="big">.*?<', page) != []
+    assert not re.search("missed|reached|undecided|at least 4", free) and "more is better" in free
+    assert findings(record, judged=False) == [
+        line for line in findings(record, judged=True) if not line.startswith("Sampling, ")
+    ]
 
 
 # --- what it may not do -----------------------------------------------------------------------------------------------
@@ -188,7 +205,7 @@ def test_nothing_is_fetched_nothing_is_nan_and_ids_are_unique(page: str) -> None
 
 
 def test_equal_records_give_equal_bytes(page: str, record: dict[str, Any]) -> None:
-    assert sampling_section(copy.deepcopy(record)) == page
+    assert shown(copy.deepcopy(record)) == page
 
 
 @pytest.mark.parametrize(
@@ -196,8 +213,8 @@ def test_equal_records_give_equal_bytes(page: str, record: dict[str, Any]) -> No
 )
 def test_a_missing_part_leaves_out_its_part_of_the_page(record: dict[str, Any], part: str) -> None:
     less = {key: value for key, value in record.items() if key != part}
-    assert "Every family at every budget" in sampling_section(less)
-    sampling_findings(less)
+    assert "Every family at every budget" in shown(less)
+    findings(less, judged=True)
 
 
 def test_undefined_numbers_and_other_budgets_are_shown_as_they_are(record: dict[str, Any]) -> None:
@@ -206,37 +223,29 @@ def test_undefined_numbers_and_other_budgets_are_shown_as_they_are(record: dict[
     other["families"]["majority"]["points"]["4"]["accuracy"] = unknown
     other["difference"]["4"]["majority"] = unknown
     other["oracle"]["2"] = None
-    assert "None" not in re.sub(r"<[^>]*>", " ", sampling_section(other))
+    assert "None" not in re.sub(r"<[^>]*>", " ", shown(other))
     one = {"budgets": {"1.5": 60.0}, "families": {"majority": {"points": {}}}}
-    assert "At 1.5" not in sampling_section(one)
-    assert "zip-rc-plus" not in " ".join(sampling_findings(one))
-
-
-def test_without_a_record_there_is_no_section() -> None:
-    assert sampling_section(None) == ""
+    assert "At 1.5" not in shown(one)
+    assert "zip-rc-plus" not in " ".join(findings(one, judged=True))
 
 
 # --- live runs --------------------------------------------------------------------------------------------------------
 
 
-def test_live_runs_are_a_table_whatever_they_lack(record: dict[str, Any], page: str) -> None:
+def test_live_runs_are_a_table_with_what_failed_and_what_was_timed(record: dict[str, Any], page: str) -> None:
     assert "Live on the engine" not in page
     full = {
         "accuracy": {"value": 0.74, "low": 0.7, "high": 0.78}, "tokens": 81.0, "prefill": 12.5, "latency": 60.0,
-        "samples": 2.5, "prompts": 1000, "actions": {"start": 2.5, "<pause>": 1},
+        "samples": 2.5, "prompts": 1000, "failed": 0, "actions": {"start": 2.5, "<pause>": 1},
         "together": {"total_s": 50.0, "deciding_s": 1.0}, "one_by_one": {"total_s": 9.5}, "alone": 16,
     }  # fmt: skip
-    bare = {"accuracy": 0.5, "wall_clock_s": 7.0, "deciding_share": 0.03}
-    runs = {
-        "zip-rc-plus": {"2": full, "4": {}},
-        "majority": {"2": bare},
-        "serial": {"majority": {"2": {"wall_clock_s": 8.0}}},
-    }
-    table = sampling_section(record, runs).partition("Live on the engine")[2]
+    untimed = {key: value for key, value in full.items() if key not in ("together", "one_by_one")}
+    runs = {"zip-rc-plus": {"2": full}, "majority": {"2": untimed | {"failed": 3}}}
+    table = shown(record, runs).partition("Live on the engine")[2]
     assert "<td>50.0 s<small>1,000 prompts</small></td><td>9.5 s<small>16 prompts</small></td><td>2.0</td>" in table
     assert "start 2.50<br>&lt;pause&gt; 1" in table
-    assert "<td>7.0 s</td><td>8.0 s</td><td>3.0</td>" in table
-    assert table.count("<tr>") == 4  # a head and three runs
+    assert "3 failed" in table and "<td>–</td><td>–</td><td>–</td>" in table
+    assert table.count("<tr>") == 3  # a head and two runs
 
 
 # --- figure and summary -----------------------------------------------------------------------------------------------
@@ -268,6 +277,7 @@ def test_the_summary_has_the_targets_of_sampling_where_a_run_has_them(record: di
     head = {"name": "AUROC", "target": 0.8, "direction": "at least", "met": True, "result": {"value": 0.9, "low": None}}
     for name in ("a", "b"):
         write_json(tmp_path / name / "metrics/zip-rc.json", {"headline": [head]})
+        write_manifest(tmp_path / name / "metrics/zip-rc.json", {"evaluate": {"targets": True}}, {})
     write_json(tmp_path / "b" / "frontier.json", record)
     lines = summary([tmp_path / "a", tmp_path / "b"]).splitlines()
     assert lines[2] == "| AUROC | ≥ 0.8 | 0.900 | 0.900 | yes, yes |"
@@ -276,3 +286,13 @@ def test_the_summary_has_the_targets_of_sampling_where_a_run_has_them(record: di
         "| share of tokens | ≤ 0.333 | – | – | –, cannot be said |",
         "| gain | ≥ 0.05 | – | 0.062 | –, yes |",
     ]
+
+
+def test_the_summary_judges_only_runs_that_are_judged(record: dict[str, Any], tmp_path: Path) -> None:
+    for name, judged in (("toy", True), ("big", False)):
+        write_json(tmp_path / name / "metrics/zip-rc.json", {"headline": record["headline"]})
+        write_manifest(tmp_path / name / "metrics/zip-rc.json", {"evaluate": {"targets": judged}}, {})
+    both = summary([tmp_path / "toy", tmp_path / "big"]).splitlines()
+    assert both[0] == "|  | target | toy | big | met |" and both[2] == "| budgets above | ≥ 4 | 2 | 2 | no, – |"
+    alone = summary([tmp_path / "big"]).splitlines()
+    assert alone[0] == "|  | big |" and alone[2] == "| budgets above | 2 |"

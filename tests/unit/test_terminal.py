@@ -18,7 +18,7 @@ from ziprc.errors import UserError
 from ziprc.joint.checkpoint import read_manifest
 from ziprc.pages import terminal
 from ziprc.pages.terminal import Line, branch_line, cells, frame, head, sample, tail
-from ziprc.sampling.fitting import Calibration, Fitted, calibration_file
+from ziprc.sampling.fitting import Calibration, Fitted
 from ziprc.sampling.live.asking import Wishes, prepare
 from ziprc.sampling.policies.zip_rc import JointCalibration
 from ziprc.sampling.score import Logistic, Stages
@@ -43,7 +43,7 @@ def fitted() -> Fitted:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_checkpoint(tmp_path_factory.mktemp("results") / "tiny" / "checkpoints" / "ziprc", seed=1)
     write_json(folder / "generation_config.json", {"eos_token_id": STOPS, "pad_token_id": 256})
-    write_json(calibration_file(folder), fitted().to_dict())
+    write_json(folder / "calibration.json", fitted().to_dict())
     return folder
 
 
@@ -157,10 +157,10 @@ def frontier() -> dict[str, Any]:
 def test_a_checkpoint_is_asked_as_its_experiment_asked_it(checkpoint: Path):
     home = checkpoint.parent.parent
     write_json(home / "frontier.json", frontier())
-    write_json(home / "prompts" / "test.manifest.json", {"params": {"task": "countdown"}})
+    write_json(home / "prompts" / "test.manifest.json", {"params": {"prompts.task": "countdown"}})
     sampling = {"temperature": 0.6, "min_p": 0.0, "top_p": 0.9, "top_k": 7}
     params = {"engine": "hf", "sampling": sampling, "max_new_tokens": 55, "dtype": "float32", "test_thinking": False}
-    write_json(home / "rollouts" / "test.manifest.json", {"params": {**params, "shard_prompts": 3}})
+    write_json(home / "rollouts" / "test.manifest.json", {"params": {f"rollouts.{k}": v for k, v in params.items()}})
     ready = prepare(Wishes("Make 24 from 3,5,7", checkpoint, samples=4))
     own = ready.config.rollouts
     assert (own.engine, own.max_new_tokens, own.test_thinking, ready.task.name) == ("hf", 55, False, "countdown")
@@ -237,7 +237,7 @@ def test_a_checkpoint_without_a_joint_head_is_refused(wishes: Wishes, tmp_path: 
 
 @pytest.mark.usefixtures("no_engine")
 def test_a_checkpoint_without_a_calibration_is_refused(wishes: Wishes, checkpoint: Path):
-    calibration_file(checkpoint).unlink()
+    (checkpoint / "calibration.json").unlink()
     with pytest.raises(UserError, match="is not calibrated"):
         sample(replace(wishes, checkpoint=checkpoint))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def home(tmp_path: Path) -> Path:
     prompts = [
         {"prompt_id": name, "task": "arithmetic", "source": "arithmetic", "split": "test",
          "messages": [{"role": "user", "content": EVIL}], "answer": "4", "difficulty": "hard", "extra": "{}"}
-        for name in ("dull", "rich")
+        for name in ("dull", "rich", "failed")
     ]  # fmt: skip
     PROMPTS.write(layout.table("prompts", "test"), PROMPTS.make(prompts))
     SAMPLES.write(layout.table("samples", POLICY), SAMPLES.make([*dull(), *dull("16"), *dull("8"), *rich()]))
@@ -130,6 +131,20 @@ def test_what_is_not_there_is_named(home: Path, tmp_path: Path):
         load_tree(tmp_path / "other")
 
 
+def test_a_prompt_whose_sampling_failed_is_never_chosen_and_says_so_when_asked_for(home: Path):
+    failed = [r | {"prompt_id": "failed", "selected": False, "answer": None, "score": None} for r in rich()]
+    path = Layout(home.parent, home.name).table("samples", POLICY)
+    SAMPLES.write(path, SAMPLES.make([*failed, *dull()]))
+    assert load_tree(home).prompt_id == "dull"
+    with pytest.raises(UserError, match="prompt failed failed"):
+        load_tree(home, "failed")
+
+
+def test_an_answer_without_a_score_is_neither_right_nor_wrong(home: Path):
+    (branch,) = load_tree(home, "dull").branches
+    assert branch.verdict == "wrong" and replace(branch, score=None).verdict == "not graded"
+
+
 class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +174,7 @@ def test_the_page_holds_data_as_text_and_needs_nothing_else(home: Path):
     assert not {"img", "script", "link", "iframe"} & tags.seen
     assert not [name for name in tags.attributes if name.startswith("on") or name in ("src", "href")]
     assert html.escape("<img src=x") in text
-    assert re.findall(r"https?://[^\"' ]+", text) == ["http://www.w3.org/2000/svg"]
+    assert "http" not in text
     assert "chosen, P 0.90" in tags.text and "41 wrong" in tags.text and "abandoned" in tags.text
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -60,8 +61,8 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-")
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """Inline SVG: ids made unique by `name`, no metadata, no fixed size, ink in the colour of the page's text."""
+def _svg(figure: Figure, name: str, title: str) -> Markup:
+    """Inline SVG: ids made unique by `name`, no metadata, no size, ink in the colour of the text; templates do not escape it."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
@@ -72,8 +73,8 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'(?<= )id="|(?<=url\(#)|(?<=href="#)', lambda m: f"{m[0]}{name}-", text)  # ids are global in a page
     width = re.search(r'width="([0-9.]+)pt" height="[0-9.]+pt"', text)
     assert width is not None, "matplotlib's SVG has a size"
-    style = f'role="img" aria-label="{title}" style="width:{float(width[1]) * 1.35:.0f}px;max-width:100%;height:auto"'
-    return text.replace(width[0], style, 1).replace(INK, "currentColor")
+    style = f'role="img" aria-label="{escape(title)}" style="width:{float(width[1]) * 1.35:.0f}px;max-width:100%;height:auto"'
+    return Markup(text.replace(width[0], style, 1).replace(INK, "currentColor"))
 
 
 def _panel(width: float, height: float) -> tuple[Figure, Axes]:
@@ -88,7 +89,7 @@ def _bars(records: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
     return np.abs(np.array(ends, dtype=float).T.reshape(2, -1) - values)
 
 
-def reliability(moment: str, curve: Sequence[Mapping[str, Any]], ece: Mapping[str, Any]) -> str:
+def reliability(moment: str, curve: Sequence[Mapping[str, Any]], ece: Mapping[str, Any]) -> Markup:
     """Observed against predicted score at one moment or budget; areas of the dots show how many rollouts."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(2.6, 2.5)
@@ -107,7 +108,7 @@ def reliability(moment: str, curve: Sequence[Mapping[str, Any]], ece: Mapping[st
     return _svg(figure, f"reliability-{_slug(moment)}", f"Reliability at {moment}")
 
 
-def over_moments(metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> str:
+def over_moments(metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> Markup:
     """One line per predictor along the response, with intervals."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(4.2, 2.9)
@@ -232,16 +233,8 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
     last = np.inf
     for name, (x, y) in sorted(ends.items(), key=lambda item: -item[1][1]):
         if x > NEAR_EDGE * edge and last - y > LABEL_GAP * (high - low):
-            axes.text(
-                1.005,
-                y,
-                name,
-                transform=axes.get_yaxis_transform(),
-                color=RIVAL,
-                fontsize=7,
-                va="center",
-                parse_math=False,
-            )
+            where = {"transform": axes.get_yaxis_transform(), "va": "center"}
+            axes.text(1.005, y, name, color=RIVAL, fontsize=7, parse_math=False, **where)
             last = y
 
 
@@ -268,7 +261,7 @@ def _draw_frontier(figure: Figure, record: Mapping[str, Any]) -> None:
                   bbox_to_anchor=(0.5, -0.03), columnspacing=1.4, handlelength=1.8)  # fmt: skip
 
 
-def frontier(record: Mapping[str, Any]) -> str:
+def frontier(record: Mapping[str, Any]) -> Markup:
     """Accuracy against tokens per prompt: our policies, every competitor, their envelope, and the oracle."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 4.2))
@@ -284,7 +277,7 @@ def frontier_figure(target: Path, record: Mapping[str, Any]) -> None:
         figure.savefig(target, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Software": None})
 
 
-def remaining_length(moment: str, curve: Sequence[Mapping[str, Any]], gain: Mapping[str, Any]) -> str:
+def remaining_length(moment: str, curve: Sequence[Mapping[str, Any]], gain: Mapping[str, Any]) -> Markup:
     """Real remaining tokens (median, 10 to 90 %) against the predicted median, in equally large groups."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel(2.6, 2.5)
@@ -322,7 +315,7 @@ def _heat(axes: Axes, marginal: NDArray[np.floating], colour: str) -> None:
     axes.imshow(image, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
 
 
-def heat_strip(strip: Strip) -> str:
+def heat_strip(strip: Strip) -> Markup:
     """Two strips under each other along the positions of one rollout: reward above, remaining length below."""
     with matplotlib.rc_context(STYLE | {"font.size": 7.5}):
         figure = Figure(figsize=(6.6, 2.4))

@@ -3,13 +3,11 @@
 Token t is coloured by the state that emitted it, which has seen the prompt and the tokens before t. `inspect_html`
 writes a page that shows the joint grid under the pointer; `inspect_text` prints the same colours in a terminal, and a
 plain table of moments elsewhere. Model text is data: it reaches the page only as JSON whose angle brackets are
-escaped and as `textContent`, and it reaches the terminal without control characters.
+escaped and as `textContent` (templates/inspect.js), and it reaches the terminal without control characters.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from ziprc.evaluation.outcomes import MOMENTS, Outcomes, join_outcomes, moment_p
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
 from ziprc.joint.distribution import JointDistribution
-from ziprc.pages.html import INSPECT_PAGE
+from ziprc.pages.html import fill
 from ziprc.reading.states import read_states
 from ziprc.store.files import write_text
 from ziprc.store.layout import Layout
@@ -54,6 +52,10 @@ class InspectedRollout:
     def remaining(self) -> NDArray[np.int64]:
         """[m] tokens that really were still to come."""
         return self.length - np.arange(len(self.tokens))
+
+    @property
+    def verdict(self) -> str:
+        return "cut off" if not self.finished else "right" if self.score >= 0.5 else "wrong"
 
 
 def pick_rollouts(outcomes: Outcomes, difficulty: Sequence[str], count: int) -> NDArray[np.int64]:
@@ -119,20 +121,13 @@ def length_labels(grid: BinGrid) -> list[str]:
 # --- page -------------------------------------------------------------------------------------------------------------
 
 
-def script_json(value: Any) -> str:
-    """JSON that may stand inside a script element: no character of it can end the element or start a tag."""
-    text = json.dumps(value, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
 def _record(rollout: InspectedRollout) -> dict[str, Any]:
     joint = rollout.joint
     return {
         "id": rollout.rollout_id,
         "question": rollout.question,
         "difficulty": rollout.difficulty,
-        "score": rollout.score,
-        "finished": rollout.finished,
+        "verdict": rollout.verdict,
         "length": rollout.length,
         "tokens": list(rollout.tokens),
         "expected": np.round(joint.expected_reward(), 3).tolist(),
@@ -151,10 +146,8 @@ def inspect_html(home: Path, checkpoint: str = "ziprc", count: int = 8) -> Path:
         "lengths": length_labels(grid),
         "rollouts": [_record(rollout) for rollout in rollouts],
     }
-    title = html.escape(f"{layout.experiment} · {checkpoint}")
-    page = INSPECT_PAGE.replace("%TITLE%", title).replace("%DATA%", script_json(data))
     target = home / ("inspect.html" if checkpoint == "ziprc" else f"inspect-{checkpoint}.html")
-    write_text(target, page)
+    write_text(target, fill("inspect.html", title=f"{layout.experiment} · {checkpoint}", data=data))
     return target
 
 
@@ -189,8 +182,7 @@ def inspect_text(home: Path, checkpoint: str = "ziprc", count: int = 2) -> str:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     blocks = []
     for rollout in load_rollouts(Layout(home.parent, home.name), checkpoint, count):
-        verdict = "cut off" if not rollout.finished else "right" if rollout.score >= 0.5 else "wrong"
-        title = _printable(f"{rollout.question}   [{rollout.difficulty}; {rollout.length} tokens; {verdict}]")
+        title = _printable(f"{rollout.question}   [{rollout.difficulty}; {rollout.length} tokens; {rollout.verdict}]")
         text = _coloured(rollout) if colours else _printable("".join(rollout.tokens))
         blocks.append(f"{title}\n\n{text}\n\n{_moments(rollout)}")
     return "\n\n".join(blocks)

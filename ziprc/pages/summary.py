@@ -1,18 +1,21 @@
-"""Headline numbers of several runs side by side (seeds, say), as a Markdown table: the head's, then the sampler's."""
+"""Headline numbers of several runs side by side (seeds, say), as a Markdown table: the head's, then the sampler's.
+
+Only a run whose experiment is judged by the targets of the toy scale (`evaluate.targets`) gets a verdict.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ziprc.errors import UserError
-from ziprc.pages.html import as_interval, found
+from ziprc.pages.html import Record, as_interval, found
 from ziprc.store.files import read_json
+from ziprc.store.layout import manifest_of
 
-Record = Mapping[str, Any]
 VERDICT = {True: "yes", False: "no", None: "cannot be said"}
 ABSENT = "–"
+METRICS = "metrics/zip-rc.json"
 
 
 def cell(result: Record | float | None) -> str:
@@ -24,27 +27,34 @@ def cell(result: Record | float | None) -> str:
     return f"{found(interval['value'])}{ends}"
 
 
+def is_judged(home: Path) -> bool:
+    """Whether a run is judged by the targets, as the manifest of its metrics says."""
+    manifest = manifest_of(home / METRICS)
+    return manifest.exists() and bool(read_json(manifest)["params"].get("evaluate", {}).get("targets"))
+
+
 def headline(home: Path) -> dict[str, Record]:
-    """The targets of one run by name; those of adaptive sampling where they were measured."""
-    files = [path for path in (home / "metrics/zip-rc.json", home / "frontier.json") if path.exists()]
+    """The headline numbers of one run by name; those of adaptive sampling where they were measured."""
+    files = [path for path in (home / METRICS, home / "frontier.json") if path.exists()]
     if not files:
         raise UserError(
-            f"{home} holds neither metrics/zip-rc.json nor frontier.json. Build it: `make all EXPERIMENT={home.name}`."
+            f"{home} holds neither {METRICS} nor frontier.json. Build it: `make all EXPERIMENT={home.name}`."
         )
     return {record["name"]: record for path in files for record in read_json(path)["headline"]}
 
 
 def summary(homes: Sequence[Path]) -> str:
-    """One row per target, one column per run; the last column says in which runs it was met."""
-    runs = [headline(home) for home in homes]
-    header = ["", "target", *(home.name for home in homes), "met"]
+    """One row per headline number, one column per run; the target, and in which runs it was met, where one is judged."""
+    runs, judged = [headline(home) for home in homes], [is_judged(home) for home in homes]
+    names = [home.name for home in homes]
+    header = ["", "target", *names, "met"] if any(judged) else ["", *names]
     rows = [header, ["---"] * len(header)]
     for name, first in {name: record for run in reversed(runs) for name, record in run.items()}.items():
         bound = f"{'≥' if first['direction'] == 'at least' else '≤'} {first['target']:.3g}"
         records = [run.get(name) for run in runs]
         values = (cell(record["result"]) if record else ABSENT for record in records)
-        met = ", ".join(VERDICT[record["met"]] if record else ABSENT for record in records)
-        rows.append([name, bound, *values, met])
+        verdicts = (VERDICT[r["met"]] if r and known else ABSENT for r, known in zip(records, judged, strict=True))
+        rows.append([name, bound, *values, ", ".join(verdicts)] if any(judged) else [name, *values])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -29,7 +29,6 @@ from ziprc.sampling.live.records import Answered, Event
 from ziprc.sampling.policies.zip_rc import ZipRC
 from ziprc.sampling.policies.zip_rc_plus import REMAINING, ZipRCPlus
 from ziprc.sampling.tree import Trees
-from ziprc.tables.rollouts import FinishReason
 
 TAIL_TOKENS = 60  # decoded for the tail of a text
 INTERRUPTED = 130  # exit code, as shells have it
@@ -40,16 +39,16 @@ STYLES = {"running": "1", "paused": "2", "chosen": "32"}  # bold, dim, green
 # --- what was decided, in words ---------------------------------------------------------------------------------------
 
 
-def listed(slots: Sequence[int]) -> str:
-    return ", ".join(f"#{slot + 1}" for slot in slots)
-
-
 def moves(event: Event) -> str:
     """What a decision does: `continue #1; pause #2; start #3`."""
     trees, decision, applied = event.decided.trees, event.decided.decision, event.applied
     kept = decision.run[0] & trees.running[0]
     groups = {"continue": kept, "resume": applied.resumed[0], "pause": applied.paused[0], "start": applied.started[0]}
-    words = [f"{verb} {listed(np.flatnonzero(mask).tolist())}" for verb, mask in groups.items() if mask.any()]
+    words = [
+        f"{verb} {', '.join(f'#{slot + 1}' for slot in np.flatnonzero(mask).tolist())}"
+        for verb, mask in groups.items()
+        if mask.any()
+    ]
     for slot in np.flatnonzero(applied.branched[0]).tolist():
         words.append(f"branch #{slot + 1} off #{decision.branch[0] + 1} after {decision.branch_at[0]} tokens")
     return "; ".join(words) if decision.going[0] else "stop"
@@ -148,17 +147,15 @@ class View:
             remaining=None if fresh or finished or not np.isfinite(remaining) else remaining,
             tokens=len(ids),
             text=one_line(self.book.text(ids[-TAIL_TOKENS:])),
-            answer=self._answer(ids) if finished else None,
+            answer=answer_text(self.ready, self.book, ids) if finished else None,
             origin=f"#{parent + 1} at {fork}" if parent >= 0 else "",
         )
 
-    def _answer(self, ids: Sequence[int]) -> str | None:
-        stopped = len(ids) > 0 and ids[-1] in self.book.stops
-        return answer_text(self.ready, self.book, ids) if stopped else None
-
 
 def answer_text(ready: Ready, book: Any, ids: Sequence[int]) -> str | None:
-    """The canonical answer of a finished response, else what is visible of it."""
+    """The canonical answer of a response, else what is visible of it; None when no stop token ends it."""
+    if not len(ids) or ids[-1] not in book.stops:
+        return None
     text = book.text(ids)
     return ready.task.canonical_answer(text) or visible_answer(text) or None
 
@@ -175,23 +172,17 @@ def header(ready: Ready) -> list[str]:
 
 def closing(ready: Ready, answered: Answered, book: Any) -> list[str]:
     """The answer, and what it cost."""
-    chosen = answered.branches[answered.slot]
-    found = None
-    if chosen.finish_reason is FinishReason.STOP:
-        found = answer_text(ready, book, chosen.token_ids)
+    found = answer_text(ready, book, answered.branches[answered.slot].token_ids)
+    count = len(answered.branches)
     ended = sum(branch.finish_reason is not None for branch in answered.branches)
     said = "no answer: no branch ended with one"
     if found is not None:
         said = f"answer: {one_line(found)}   P(right) {answered.probability:.2f}, from #{answered.slot + 1}"
     return [
         said,
-        f"{answered.tokens} tokens in {_counted(answered.branches)} ({ended} finished), {answered.latency} steps, "
+        f"{answered.tokens} tokens in {count} branch{'es' if count != 1 else ''} ({ended} finished), {answered.latency} steps, "
         f"{answered.prefill} prompt tokens computed, {answered.seconds:.2f} s",
     ]
-
-
-def _counted(branches: Sequence[object]) -> str:
-    return f"{len(branches)} branch{'es' if len(branches) != 1 else ''}"
 
 
 # --- ways to show it --------------------------------------------------------------------------------------------------
@@ -340,9 +331,7 @@ def record(view: View, answered: Answered) -> dict[str, Any]:
             "end": branch.finish_reason.value if branch.finish_reason is not None else None,
             "value": expected[slot],
             "text": view.book.text(branch.token_ids),
-            "answer": answer_text(view.ready, view.book, branch.token_ids)
-            if branch.finish_reason is FinishReason.STOP
-            else None,
+            "answer": answer_text(view.ready, view.book, branch.token_ids),
             "chosen": slot == answered.slot,
         }
         for slot, branch in enumerate(answered.branches)

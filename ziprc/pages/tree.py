@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ziprc.errors import UserError, nearest
-from ziprc.pages.html import esc, table
+from ziprc.pages.html import fill
 from ziprc.store.files import write_text
 from ziprc.store.layout import Layout
 from ziprc.tables.prompts import PROMPTS
@@ -74,7 +74,9 @@ class Branch:
             return "abandoned"
         if self.answer is None:
             return "cut off"
-        return "right" if (self.score or 0) >= RIGHT else "wrong"
+        if self.score is None:
+            return "not graded"
+        return "right" if self.score >= RIGHT else "wrong"
 
     def at_token(self, token: int) -> int:
         """The step in which it had that many tokens; the nearest that it generated itself."""
@@ -141,19 +143,9 @@ def _branch(rows: Sequence[Row], steps: Sequence[int]) -> Branch:
             start = steps[row["decision"] - 1] if row["decision"] else 0
             pieces.append(Piece(start, start + grown, row["expected_reward"], row["expected_remaining"]))
         length = row["length"]
-    return Branch(
-        number=last["branch_id"],
-        parent=last["parent"],
-        fork=last["fork"],
-        begun=begun,
-        pieces=tuple(pieces),
-        finished=last["status"] == "finished",
-        length=last["length"],
-        value=last["expected_reward"],
-        answer=last["answer"],
-        score=last["score"],
-        selected=last["selected"],
-    )
+    kept = {key: last[key] for key in ("parent", "fork", "length", "answer", "score", "selected")}
+    finished, value = last["status"] == "finished", last["expected_reward"]
+    return Branch(number=last["branch_id"], begun=begun, pieces=tuple(pieces), finished=finished, value=value, **kept)
 
 
 def _changes(now: Mapping[int, Row], then: Mapping[int, Row]) -> Iterable[str]:
@@ -180,7 +172,9 @@ def _moments(decisions: Sequence[Mapping[int, Row]]) -> Iterable[Moment]:
 
 
 def tree_of(rows: Sequence[Row], prompt: Row) -> Tree:
-    """The tree that all rows of one prompt and budget describe."""
+    """The tree that all rows of one prompt and budget describe; UserError when sampling it failed."""
+    if not any(row["selected"] for row in rows):
+        raise UserError(f"Sampling of the prompt {rows[0]['prompt_id']} failed, so it has no tree. Name another one.")
     ordered = sorted(rows, key=lambda r: (r["decision"], r["branch_id"]))
     decisions = [
         {row["branch_id"]: row for row in part} for _, part in groupby(ordered, key=lambda row: row["decision"])
@@ -190,9 +184,7 @@ def tree_of(rows: Sequence[Row], prompt: Row) -> Tree:
     by_branch = [[each[n] for each in decisions if n in each] for n in numbers]
     chosen = next(row for row in decisions[-1].values() if row["selected"])
     return Tree(
-        prompt_id=chosen["prompt_id"],
-        policy=chosen["policy"],
-        budget=chosen["budget"],
+        **{key: chosen[key] for key in ("prompt_id", "policy", "budget")},
         question="\n".join(map(one_line, prompt["messages"][-1]["content"].splitlines())),
         difficulty=prompt["difficulty"],
         truth=prompt["answer"],
@@ -207,12 +199,16 @@ def tree_of(rows: Sequence[Row], prompt: Row) -> Tree:
 
 
 def interest(rows: Sequence[Row]) -> tuple[float, ...]:
-    """How much the tree of one prompt shows: a right choice, among several answers, by many kinds of action."""
+    """How much the tree of one prompt shows: a right choice, among several answers, by many kinds of action.
+
+    A prompt whose sampling failed has none, and comes last.
+    """
     final = [row for row in rows if row["action"] == "stop"]
     answers = {row["answer"] for row in final} - {None}
     right = any(row["selected"] and (row["score"] or 0) >= RIGHT for row in final)
     kinds = {row["action"] for row in rows} & {"start", "branch", "pause", "resume"}
-    return (right and len(final) <= READABLE, right, len(answers) > 1, len(kinds), len(answers), len(rows))
+    answered = any(row["selected"] for row in rows)
+    return (answered, right and len(final) <= READABLE, right, len(answers) > 1, len(kinds), len(answers), len(rows))
 
 
 def most_interesting(samples: pa.Table) -> tuple[str, str]:
@@ -272,27 +268,8 @@ def colour(value: float | None) -> str:
         return "rgb(160,160,160)"
     place = min(max(value, 0.0), 1.0) * 2
     low = min(int(place), 1)
-    share = place - low
-    mixed = (round(a + (b - a) * share) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
+    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
     return f"rgb({','.join(map(str, mixed))})"
-
-
-@dataclass(frozen=True)
-class _Canvas:
-    """Where steps and branches are on the page."""
-
-    tree: Tree
-
-    def x(self, step: float) -> float:
-        return round(LEFT + step / max(1, self.tree.steps) * (WIDTH - LEFT - RIGHT_MARGIN), 1)
-
-    def y(self, number: int) -> float:
-        order = {b.number: i for i, b in enumerate(self.tree.branches)}
-        return TOP + LANE * (order[number] + 0.5)
-
-    @property
-    def height(self) -> float:
-        return TOP + LANE * len(self.tree.branches) + 10
 
 
 def _origin(tree: Tree, branch: Branch) -> tuple[Branch, int]:
@@ -304,134 +281,23 @@ def _origin(tree: Tree, branch: Branch) -> tuple[Branch, int]:
     return parent, parent.at_token(branch.fork)
 
 
-def _axis(canvas: _Canvas) -> list[str]:
-    """Grid lines for steps, and a tick for every decision."""
-    steps, bottom = canvas.tree.steps, canvas.height - 10
-    every = next((t for t in TICKS if steps / t <= 12), TICKS[-1])
-    out = [f'<text class="soft" x="{LEFT}" y="12">serial decoding steps; ticks are decisions</text>']
-    for step in range(0, steps + 1, every):
-        x = canvas.x(step)
-        out.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP - 4}" y2="{bottom}"/>')
-        out.append(f'<text class="soft mid" x="{x}" y="{TOP - 8}">{step}</text>')
-    for moment in canvas.tree.moments:
-        x = canvas.x(moment.step)
-        title = f"<title>step {moment.step}: {esc(moment.words)}</title>"
-        out.append(f'<line class="decision" x1="{x}" x2="{x}" y1="{TOP - 4}" y2="{TOP + 3}">{title}</line>')
-    return out
-
-
-def _fork(canvas: _Canvas, branch: Branch) -> list[str]:
-    """From the parent's last shared token to the child's beginning."""
-    if branch.parent < 0:
-        return []
-    parent, step = _origin(canvas.tree, branch)
-    x, y, x2, y2 = canvas.x(step), canvas.y(parent.number), canvas.x(branch.begun), canvas.y(branch.number)
-    title = f"<title>#{branch.number + 1} takes over {branch.fork} tokens of #{branch.parent + 1}</title>"
-    path = f'<path class="fork" d="M{x} {y}C{x} {y2} {x} {y2} {x2} {y2}">{title}</path>'
-    return [path, f'<circle class="fork" cx="{x}" cy="{y}" r="3.5"/>']
-
-
-def _lane(canvas: _Canvas, branch: Branch) -> list[str]:
-    """Pieces, pauses and marks of one branch."""
-    y = canvas.y(branch.number)
-    out = [f'<text class="name" x="6" y="{y + 4}">#{branch.number + 1}</text>']
-    for a, b in branch.gaps:
-        out.append(f'<line class="pause" x1="{canvas.x(a)}" x2="{canvas.x(b)}" y1="{y}" y2="{y}"/>')
-        out += [_pause(canvas.x(a), y), _resume(canvas.x(b), y)]
-    for piece in branch.pieces:
-        x, width = canvas.x(piece.start), round(canvas.x(piece.stop) - canvas.x(piece.start), 1)
-        out.append(
-            f'<rect x="{x}" y="{y - 6}" width="{width}" height="12" fill="{colour(piece.value)}">'
-            f"<title>{esc(_piece(branch, piece))}</title></rect>"
-        )
-    x = canvas.x(branch.begun)
-    out.append(f'<line class="begin" x1="{x}" x2="{x}" y1="{y - 9}" y2="{y + 9}"/>')
-    return out + _ending(canvas, branch, canvas.x(branch.end), y)
-
-
-def _piece(branch: Branch, piece: Piece) -> str:
-    value = "" if piece.value is None else f"; expected score {piece.value:.2f}"
-    left = "" if not piece.remaining else f", about {piece.remaining:.0f} tokens to come"
-    return f"#{branch.number + 1}, steps {piece.start} to {piece.stop}{value}{left}"
-
-
-def _pause(x: float, y: float) -> str:
-    return f'<path class="mark" d="M{x + 2} {y - 4}v8M{x + 5} {y - 4}v8"/>'
-
-
-def _resume(x: float, y: float) -> str:
-    return f'<path class="solid" d="M{x - 7} {y - 4}l5 4l-5 4z"/>'
-
-
-def _ending(canvas: _Canvas, branch: Branch, x: float, y: float) -> list[str]:
-    """How a branch ended and what it says; the chosen one is framed."""
-    kind = branch.verdict.replace(" ", "-")
-    if branch.finished:
-        mark = f'<circle class="{kind}" cx="{x}" cy="{y}" r="6"/>'
-    else:
-        mark = f'<path class="mark" d="M{x + 3} {y - 4}l8 8m0 -8l-8 8"/>'
-    answer = "" if branch.answer is None else f"{_short(branch.answer, 14)} "
-    value = "" if branch.value is None else f"  {branch.value:.2f}"
-    text = f'<text class="{kind}" x="{x + 16}" y="{y + 4}">{esc(answer + branch.verdict)}<tspan class="soft">{value}</tspan>'
-    out = [mark]
-    if branch.selected:
-        text += f"<tspan> ← chosen, P {canvas.tree.probability:.2f}</tspan>"
-        out.insert(0, f'<circle class="chosen" cx="{x}" cy="{y}" r="10"/>')
-    return [*out, text + "</text>"]
-
-
-def _short(text: str, most: int) -> str:
-    line = one_line(text)
-    return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def drawing(tree: Tree) -> str:
-    """The tree as an inline SVG."""
-    canvas = _Canvas(tree)
-    parts = _axis(canvas)
-    for draw in (_lane, _fork):
-        parts += [shape for branch in tree.branches for shape in draw(canvas, branch)]
-    label = f"Branches over {tree.steps} decoding steps; {tree.verdict}"
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {canvas.height}" role="img" aria-label="{esc(label)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
-    )
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c2128;--soft:#667;--line:#d8dce2;--page:#fff;--card:#f6f7f9;--good:#2b8a57;--bad:#c94a3b}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#99a;--line:#363b43;--page:#15181c;--card:#1d2126;--good:#5cc48d;--bad:#ee8272}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:72rem;padding:1.2rem 1rem 3rem;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.35rem;margin:.2rem 0;white-space:pre-wrap;overflow-wrap:anywhere}.soft,caption{color:var(--soft)}p{margin:.3rem 0 .9rem;overflow-wrap:anywhere}
-.right{color:var(--good)}.wrong,.cut-off{color:var(--bad)}.scroll{overflow-x:auto}svg{width:100%;min-width:44rem;height:auto;display:block}
-svg text{font:12px system-ui,sans-serif;fill:var(--ink);font-variant-numeric:tabular-nums}svg text.name{font-weight:600}svg .soft{fill:var(--soft)}svg .mid{text-anchor:middle}
-svg .grid{stroke:var(--line)}svg .decision{stroke:var(--soft);stroke-width:1.5}svg .pause{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:2 3}
-svg .begin,svg .mark{stroke:var(--ink);stroke-width:1.6;fill:none}svg .solid{fill:var(--ink)}svg path.fork{fill:none;stroke:var(--ink);stroke-width:1.2;stroke-dasharray:4 2}
-svg circle.fork{fill:var(--ink)}svg circle.right{fill:var(--good)}svg circle.wrong,svg circle.cut-off{fill:var(--bad)}svg text.right{fill:var(--good)}svg text.wrong,svg text.cut-off{fill:var(--bad)}
-svg text.abandoned{fill:var(--soft)}svg circle.chosen{fill:none;stroke:var(--good);stroke-width:2}
-.scale{display:inline-block;width:9rem;height:.7rem;border-radius:4px;vertical-align:middle;margin:0 .4rem;background:linear-gradient(90deg,rgb(239,122,92),rgb(246,224,150),rgb(118,184,232))}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin-top:1rem}th{text-align:left;color:var(--soft);border-bottom:1px solid var(--line);padding:.3rem .9rem .3rem 0;white-space:nowrap}
-td{border-bottom:1px solid var(--line);padding:.3rem .9rem .3rem 0}
-"""  # noqa: E501
-
-
 def page(tree: Tree) -> str:
-    """A page that needs nothing else."""
-    rows = [
-        [str(m.step), str(m.tokens), esc(m.words), "" if m.utility is None else f"{m.utility:.2g}"]
-        for m in tree.moments
-    ]
-    facts = f"{tree.policy}, budget {tree.budget} · {tree.difficulty} · the answer is {tree.truth or 'not known'}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{esc(tree.policy)} · {esc(tree.prompt_id)}</title><style>{STYLE}</style></head><body>"
-        f'<h1>{esc(tree.question)}</h1><p class="soft">{esc(facts)} · {esc(tree.prompt_id)}</p>'
-        f'<p><b class="{tree.chosen.verdict.replace(" ", "-")}">{esc(tree.verdict)}</b></p>'
-        f'<div class="scroll">{drawing(tree)}</div>'
-        '<p class="soft">Expected score 0<span class="scale"></span>1 · ❙ begins · dashed: branched from the dot, or paused '
-        "(❙❙) and resumed (▶) · ● finished · ✕ abandoned. Point at a piece to read what was expected.</p>"
-        f"{table(('step', 'tokens so far', 'decided', 'utility'), rows)}</body></html>\n"
+    """A page that needs nothing else; the drawing is laid out in `templates/tree.svg`."""
+    lanes = {branch.number: TOP + LANE * (i + 0.5) for i, branch in enumerate(tree.branches)}
+    every = next((t for t in TICKS if tree.steps / t <= 12), TICKS[-1])
+    return fill(
+        "tree.html",
+        tree=tree,
+        width=WIDTH,
+        height=TOP + LANE * len(tree.branches) + 10,
+        left=LEFT,
+        top=TOP,
+        x=lambda step: round(LEFT + step / max(1, tree.steps) * (WIDTH - LEFT - RIGHT_MARGIN), 1),
+        y=lanes.__getitem__,
+        grid=range(0, tree.steps + 1, every),
+        forks=[(branch, *_origin(tree, branch)) for branch in tree.branches if branch.parent >= 0],
+        colour=colour,
+        short=_short,
     )
 
 
@@ -452,8 +318,9 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
 
 
-def _digit(value: float | None) -> str:
-    return "=" if value is None else str(min(int(value * 10), 9))
+def _short(text: str, most: int) -> str:
+    line = one_line(text)
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _characters(tree: Tree, branch: Branch) -> str:
@@ -461,13 +328,12 @@ def _characters(tree: Tree, branch: Branch) -> str:
     scale = min(1.0, COLUMNS / max(1, tree.steps))
     lane = [" "] * (round(tree.steps * scale) + 1)
     forked = branch.parent >= 0
-    for a, b in [(_origin(tree, branch)[1], branch.begun)] if forked else []:
-        lane[int(a * scale) : int(b * scale)] = "-" * (int(b * scale) - int(a * scale))
-    for a, b in branch.gaps:
-        lane[int(a * scale) : int(b * scale)] = "." * (int(b * scale) - int(a * scale))
+    away = [("-", _origin(tree, branch)[1], branch.begun)] if forked else []
+    for mark, a, b in [*away, *((".", *gap) for gap in branch.gaps)]:
+        lane[int(a * scale) : int(b * scale)] = mark * (int(b * scale) - int(a * scale))
     for piece in branch.pieces:
         a, b = int(piece.start * scale), max(int(piece.stop * scale), int(piece.start * scale) + 1)
-        lane[a:b] = _digit(piece.value) * (b - a)
+        lane[a:b] = ("=" if piece.value is None else str(min(int(piece.value * 10), 9))) * (b - a)
     if forked:
         lane[min(int(_origin(tree, branch)[1] * scale), len(lane) - 1)] = "\\"
     return "".join(lane).rstrip() + ("*" if branch.finished else "x")

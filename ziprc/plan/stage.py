@@ -71,8 +71,8 @@ class System:
     evaluated: Callable[[Config], Mapping[str, Ref]]  # what `evaluate` reads to make metrics/<system>.json
     evaluate_params: Callable[[Config], Iterable[str]]
     sections: tuple[str, ...]
-    evaluation: str  # module with `metrics(context)`
-    page: str  # module with `sections(context)`
+    evaluation: str  # module with `metrics(config, reads)`
+    page: str  # module with `sections(config, layout, reads)` for the report, and the QUESTION that they answer
 
 
 def one(name: str) -> Callable[[Config], Mapping[str, str]]:

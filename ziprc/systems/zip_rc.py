@@ -206,5 +206,5 @@ ZIP_RC = System(
     evaluate_params=evaluate_params,
     sections=("train_joint", "values", "introspection", "baselines", "calibration", "frontier", "samples"),
     evaluation="ziprc.evaluation.head.record",
-    page="ziprc.pages.report",
+    page="ziprc.pages.zip_rc",
 )
