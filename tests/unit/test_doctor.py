@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ziprc.workflow import doctor
 
 
@@ -30,3 +32,10 @@ def test_the_table_has_a_row_for_every_check_and_counts_problems() -> None:
 def test_the_installed_environment_matches_its_lock() -> None:
     problems = [c for c in doctor.diagnose("cpu") if c.problem and c.what not in ("memory", "disk", "devices")]
     assert problems == []
+
+
+def test_the_processor_is_named_and_never_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "native_bfloat16", lambda: False)
+    check = doctor.processor_check()
+    assert check.found.endswith("bf16 instructions: no; float32 is used") and not check.problem
+    assert "processor" in [one.what for one in doctor.diagnose("cpu")]

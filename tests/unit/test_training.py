@@ -452,7 +452,10 @@ def test_a_slice_only_head_leaves_every_text_logit_bit_identical(tmp_path: Path,
             assert torch.equal(a, b), name
 
 
-def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
+def test_bf16_autocast_trains_float32_weights_and_says_where_it_is_emulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ziprc.training.trainer.native_bfloat16", lambda: False)
     data = tiny_data()
     trainee = joint_trainee(
         tiny_model(tiny_tokenizer()), tiny_joint(), Head(kl=1.0), 16, freeze(tiny_model(tiny_tokenizer()))
@@ -461,6 +464,7 @@ def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
     outcome = fit(trainee, MicroBatches(data, plan), SETTINGS, Runtime(bf16=True), tmp_path / "a" / "x", seed=0)
     assert outcome.parts["loss"] < 10 and {p.dtype for p in trainee.parameters()} == {torch.float32}
     assert isinstance(trainee, JointTrainee)
+    assert torch.cuda.is_available() or "without bf16 instructions" in capsys.readouterr().err
 
 
 # --- the stages ---

@@ -35,6 +35,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ziprc.config.base import Runtime
 from ziprc.errors import UserError
+from ziprc.processor import native_bfloat16
 from ziprc.store.digests import digest_file, digest_json
 from ziprc.store.files import sync_file
 from ziprc.store.manifest import read_sealed, write_sealed
@@ -140,6 +141,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The Trainer's own settings. One item of the data set is one micro-batch, hence the batch size of 1."""
     on_gpu = torch.cuda.is_available()
+    if runtime.bf16 and not on_gpu and not native_bfloat16():
+        print("runtime.bf16=true: without bf16 instructions this processor is faster with false", file=sys.stderr)
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,

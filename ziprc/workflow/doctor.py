@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ziprc.processor import instructions, native_bfloat16
+
 LOCKS = Path(__file__).resolve().parents[2] / "containers" / "requirements"
 GIB = 2**30
 WANTED_DISK_GIB, WANTED_MEMORY_GIB = 5, 6
@@ -76,6 +78,12 @@ def numa_check() -> Check:
     return Check("libnuma", found or "not found", "" if found else "install your system's libnuma1 (numactl-libs)")
 
 
+def processor_check() -> Check:
+    """The instruction sets that decide how fast a CPU run is; no problem either way."""
+    wide = "AVX-512" if "avx512f" in instructions() else "no AVX-512"
+    return Check("processor", f"{wide}, bf16 instructions: {'yes' if native_bfloat16() else 'no; float32 is used'}")
+
+
 def room_checks() -> list[Check]:
     """Free memory and disk."""
     checks = []
@@ -107,7 +115,7 @@ def diagnose(accelerator: str | None = None) -> list[Check]:
     ):
         checks.append(package_check(label, names, pins, optional))
     libraries = [] if cuda else [numa_check()]
-    return [*checks, *libraries, *device_checks("cuda" if cuda else "cpu"), *room_checks()]
+    return [*checks, *libraries, processor_check(), *device_checks("cuda" if cuda else "cpu"), *room_checks()]
 
 
 def format_table(checks: list[Check]) -> str:
