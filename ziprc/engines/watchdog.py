@@ -1,9 +1,9 @@
 """A watchdog for engines: a step that does not come back within a stated limit ends the process, with a reason.
 
-A hung collective, a dead worker or a stuck driver would otherwise hold a node until the scheduler's own limit. The
-dog's thread ends the process when the interpreter still runs. It counts its own looks, not the clock, so a job that the
-scheduler suspends is not taken for one that hangs. For a hang that holds the interpreter's lock, C code of `faulthandler`
-does it, later and by the clock. Either way every thread's stack is in the log, finished shards are kept, and the kernel
+A hung collective, a dead worker or a stuck driver would otherwise hold a node until the scheduler's own limit. A thread
+ends the process while the interpreter still runs. It counts its own looks, not the clock, so a job that the scheduler
+suspends is not taken for one that hangs. For a hang that holds the interpreter's lock, C code of `faulthandler` does it,
+later and by the clock. Either way every thread's stack is in the log, finished shards are kept, and the kernel
 releases the output's lock. Nothing is watched between steps. Imports no torch.
 """
 
@@ -20,7 +20,7 @@ import psutil
 
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
 LOOKS_PER_LIMIT = 20
-SECOND_DOG = 4  # limits after which `faulthandler` ends a process whose interpreter is stuck
+LIMITS_IF_STUCK = 4  # limits after which `faulthandler` ends a process whose interpreter is stuck
 
 
 class Watchdog:
@@ -50,16 +50,16 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _look(self) -> None:
-        """Look now and then; each look that finds nothing puts off the dog that needs no interpreter."""
+        """Look now and then; each look that finds nothing puts off the end that needs no interpreter."""
         seen = looks = 0
         while not self._closed.wait(self.limit_s / LOOKS_PER_LIMIT):
             looks = looks + 1 if self._watched and self._step == seen else 0
             seen = self._step
             if looks > LOOKS_PER_LIMIT:
-                self._bite()
-            faulthandler.dump_traceback_later(SECOND_DOG * self.limit_s, exit=True, file=sys.__stderr__)
+                self._end_process()
+            faulthandler.dump_traceback_later(LIMITS_IF_STUCK * self.limit_s, exit=True, file=sys.__stderr__)
 
-    def _bite(self) -> None:
+    def _end_process(self) -> None:
         faulthandler.dump_traceback(file=sys.__stderr__)
         print(
             f"{self.what}: one step of the engine has taken more than {self.limit_s:g} s (runtime.stall_limit_s), so the "
