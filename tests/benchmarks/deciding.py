@@ -27,7 +27,8 @@ import torch
 
 from tests.benchmarks.slice_readout import CELLS, TEXT, VOCAB, random_base
 from ziprc.config.base import Sampling
-from ziprc.engines.base import Engine, EngineSettings, make_engine
+from ziprc.engines import start
+from ziprc.engines.base import Engine, EngineSettings
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead
 from ziprc.joint.vocabulary import VocabLayout
@@ -110,7 +111,7 @@ def main() -> None:
             Path(folder), Sampling(), STOPS, ((TEXT, VOCAB),), 512, max_num_seqs=options.prompts * BRANCHES,
             joint=JointHead(VocabLayout(VOCAB, TEXT, TEXT, CELLS), GRID),
         )  # fmt: skip
-        engine = make_engine("vllm", settings)
+        engine = start("vllm", settings)
         for repeat in range(options.repeats + 1):
             for name, policy in policies().items():
                 found = timed(engine, policy, questions, options.tokens, options.interval)

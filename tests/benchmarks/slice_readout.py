@@ -24,7 +24,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ziprc.config.base import Sampling
-from ziprc.engines.base import Engine, EngineSettings, Request, make_engine
+from ziprc.engines import start
+from ziprc.engines.base import Engine, EngineSettings, Request
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead
 from ziprc.joint.vocabulary import VocabLayout
@@ -68,7 +69,7 @@ def main() -> None:
             "mask": replace(plain, banned=((TEXT, VOCAB),)),
             "read+mask": replace(plain, banned=((TEXT, VOCAB),), joint=head),
         }
-        engines = {name: make_engine("vllm", settings) for name, settings in variants.items()}
+        engines = {name: start("vllm", settings) for name, settings in variants.items()}
         for engine in engines.values():
             timed(engine, requests)
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}

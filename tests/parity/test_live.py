@@ -11,7 +11,8 @@ import pytest
 from tests.doubles import small_qwen3
 from tests.properties.test_live import GRID, BranchOnce, Erratic, equal_to_replay, pool_of, whole_responses, zip_rc_plus
 from ziprc.config.base import Sampling
-from ziprc.engines.base import Engine, EngineSettings, make_engine
+from ziprc.engines import start
+from ziprc.engines.base import Engine, EngineSettings
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import JointHead
 from ziprc.joint.vocabulary import VocabLayout
@@ -107,7 +108,7 @@ def test_the_reference_engine_decides_the_same(
     vllm: Engine, settings: EngineSettings, asked: list[Question], name: str
 ) -> None:
     ours = live(vllm, PLAIN[name], asked)
-    theirs = live(make_engine("hf", settings), PLAIN[name], asked)
+    theirs = live(start("hf", settings), PLAIN[name], asked)
     equal = [x for x, y in zip(ours, theirs, strict=True) if x.branches == y.branches]
     assert len(equal) >= len(asked) - 1  # a draw can be as close as a rounding error
     for x, y in zip(ours, theirs, strict=True):

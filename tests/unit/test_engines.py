@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +20,10 @@ from tests.doubles import World
 from ziprc.chat import CHATML_TEMPLATE
 from ziprc.config.base import Sampling
 from ziprc.config.load import Config
-from ziprc.engines import sharding
-from ziprc.engines.base import EngineSettings, Request, gaps, make_engine, own_dtype, stop_token_ids, unknown_rows
+from ziprc.engines import sharding, start
+from ziprc.engines.base import EngineSettings, Request, gaps, own_dtype, stop_token_ids, unknown_rows
 from ziprc.engines.hf import filtered, gumbel_noise, sample
+from ziprc.engines.taps import ReadJoint, ReadStates, TextRows, taps_of
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import JointHead, save_checkpoint
@@ -108,7 +113,8 @@ def some_requests(count: int, cap: int = 24) -> list[Request]:
 def test_draws_follow_the_softmax() -> None:
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(i) for i in range(20_000)]
-    counts = np.bincount(sample(logits.expand(20_000, -1), Sampling(min_p=0.0), generators), minlength=12)
+    settings = [Sampling(min_p=0.0)] * 20_000
+    counts = np.bincount(sample(logits.expand(20_000, -1), settings, generators), minlength=12)
     # standard error of a frequency is at most 0.0035; 4 of them
     assert np.abs(counts / 20_000 - logits.softmax(-1)[0].numpy()).max() < 0.014
 
@@ -135,7 +141,19 @@ def test_filters_keep_what_their_definitions_say() -> None:
 
 def test_temperature_zero_is_the_argmax() -> None:
     logits = torch.randn(5, 9)
-    assert torch.equal(sample(logits, Sampling(temperature=0.0), []), logits.argmax(-1))
+    assert torch.equal(sample(logits, [Sampling(temperature=0.0)] * 5, []), logits.argmax(-1))
+
+
+def test_every_row_is_drawn_with_its_own_settings() -> None:
+    logits, greedy, sampled = torch.randn(40, 9), Sampling(temperature=0.0), Sampling(temperature=3.0, min_p=0.0)
+
+    def drawn(rows: range, settings: list[Sampling]) -> list[int]:
+        generators = [torch.Generator().manual_seed(i) for i in rows]
+        return sample(logits[list(rows)], settings, generators).tolist()
+
+    mixed = drawn(range(40), [greedy, sampled] * 20)
+    assert mixed[::2] == logits[::2].argmax(-1).tolist()
+    assert mixed[1::2] == drawn(range(1, 40, 2), [sampled] * 20) != logits[1::2].argmax(-1).tolist()
 
 
 # --- what an engine is told about a checkpoint ----------------------------------------------------------------------
@@ -154,13 +172,36 @@ def test_every_end_token_stops(world: Layout, tmp_path: Path) -> None:
     assert stop_token_ids(tmp_path, tokenizer) == (4, 5, tokenizer.eos_token_id)
 
 
-def test_dtype_auto_is_that_of_the_checkpoint(settings: EngineSettings) -> None:
-    assert own_dtype(replace(settings, dtype="auto")) == "float32"
+@pytest.mark.parametrize(
+    ("checkpoint", "on_cpu", "native", "dtype"),
+    [("float32", True, False, "float32"), ("float16", True, False, "float16"), ("bfloat16", True, True, "bfloat16"),
+     ("bfloat16", False, False, "bfloat16"), ("bfloat16", True, False, "float32")],
+)  # fmt: skip
+def test_dtype_auto_is_that_of_the_checkpoint_unless_the_processor_would_emulate_it(
+    settings: EngineSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    checkpoint: str, on_cpu: bool, native: bool, dtype: str,
+) -> None:  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": checkpoint}))
+    monkeypatch.setattr("ziprc.engines.base.native_bfloat16", lambda: native)
+    own = replace(settings, model=tmp_path, dtype="auto")
+    assert own_dtype(own, on_cpu) == dtype
+    assert ("runs in float32" in capsys.readouterr().err) == (dtype != checkpoint)
+    assert own_dtype(replace(own, dtype="bfloat16"), on_cpu) == "bfloat16"  # who names it gets it
+
+
+def test_what_is_known_of_engines_before_one_starts_needs_no_torch() -> None:
+    program = "import sys, ziprc.engines.base, ziprc.engines; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_an_unknown_engine_is_refused(settings: EngineSettings) -> None:
+    with pytest.raises(UserError, match="did you mean 'vllm'"):
+        start("vlm", settings)
 
 
 def test_a_context_longer_than_the_model_is_refused(settings: EngineSettings) -> None:
     with pytest.raises(UserError, match="has 256 positions"):
-        make_engine("hf", replace(settings, max_model_len=512))
+        start("hf", replace(settings, max_model_len=512))
 
 
 # --- the reference engine -------------------------------------------------------------------------------------------
@@ -168,16 +209,16 @@ def test_a_context_longer_than_the_model_is_refused(settings: EngineSettings) ->
 
 def test_a_response_depends_on_its_request_alone(settings: EngineSettings) -> None:
     requests = some_requests(12)
-    together = make_engine("hf", settings).generate(requests)
+    together = start("hf", settings).generate(requests)
     assert [r.key for r in together] == [r.key for r in requests]
-    in_small_batches = make_engine("hf", replace(settings, max_num_seqs=3)).generate(requests[::-1])[::-1]
+    in_small_batches = start("hf", replace(settings, max_num_seqs=3)).generate(requests[::-1])[::-1]
     assert [r.token_ids for r in together] == [r.token_ids for r in in_small_batches]
 
 
 def test_finish_reasons_and_stop_tokens(settings: EngineSettings) -> None:
     heard: list[int] = []
     everything_stops = replace(settings, stop_token_ids=tuple(range(0, 256, 8)))
-    responses = make_engine("hf", everything_stops).generate(some_requests(40, cap=6), heard.append)
+    responses = start("hf", everything_stops).generate(some_requests(40, cap=6), heard.append)
     for response in responses:
         stopped = response.token_ids[-1] % 8 == 0 and response.token_ids[-1] < 256
         assert response.finish_reason == (FinishReason.STOP if stopped else FinishReason.LENGTH)
@@ -192,7 +233,7 @@ def test_the_reading_while_sampling_is_the_labelled_state(settings: EngineSettin
 
     head = read_joint_head(settings.model)
     requests = some_requests(6)
-    responses = make_engine("hf", replace(settings, joint=head)).generate(requests)
+    responses = start("hf", replace(settings, joint=head)).generate(requests)
     pairs = [TokenPair(q.prompt_token_ids, r.token_ids) for q, r in zip(requests, responses, strict=True)]
     for i, joint in read_joint(load_model(settings.model), head, pairs):
         np.testing.assert_allclose(responses[i].joint, joint, atol=1e-5)
@@ -202,12 +243,96 @@ def test_reserved_rows_are_never_sampled_by_the_reference(settings: EngineSettin
     hot = replace(settings, sampling=Sampling(temperature=2.0, min_p=0.0), stop_token_ids=(), max_model_len=250)
 
     def reserved(one: EngineSettings, count: int) -> tuple[int, int]:
-        tokens = [i for r in make_engine("hf", one).generate(some_requests(count, cap=200)) for i in r.token_ids]
+        tokens = [i for r in start("hf", one).generate(some_requests(count, cap=200)) for i in r.token_ids]
         return sum(i >= hot.banned[0][0] for i in tokens), len(tokens)
 
     found, total = reserved(hot, 500)
     assert (found, total) == (0, 100_000)
     assert reserved(replace(hot, banned=()), 20)[0] > 50  # the same settings do sample them when nothing is banned
+
+
+def test_a_request_can_have_its_own_settings_and_stop_tokens(settings: EngineSettings) -> None:
+    greedy, stops = Sampling(temperature=0.0), tuple(range(0, 256, 8))
+    plain = some_requests(12)
+    asked = [replace(q, sampling=greedy) if i % 3 == 0 else q for i, q in enumerate(plain)]
+    asked = [replace(q, stop=stops) if i % 2 else q for i, q in enumerate(asked)]
+    engine = start("hf", settings)
+    mixed, usual = engine.generate(asked), engine.generate(plain)
+    all_greedy = start("hf", replace(settings, sampling=greedy)).generate(plain)
+    ended = 0
+    for i, response in enumerate(mixed):
+        alone = (all_greedy if i % 3 == 0 else usual)[i].token_ids
+        cut = next((j + 1 for j, token in enumerate(alone) if i % 2 and token in stops), len(alone))
+        assert response.token_ids == alone[:cut]
+        ended += cut < len(alone) and response.finish_reason is FinishReason.STOP
+    assert ended
+
+
+def test_a_session_without_a_head_samples_the_same(settings: EngineSettings) -> None:
+    engine, tokens = start("hf", settings), defaultdict(list)
+    session, requests = engine.session(), some_requests(5)
+    for request in requests:
+        session.add(request)
+    while (step := session.step()) is not None:
+        assert step.joint is None and np.isfinite(step.entropy).all()
+        for key, token in zip(step.keys, step.token_ids.tolist(), strict=True):
+            tokens[key].append(token)
+    assert [tuple(tokens[q.key]) for q in requests] == [r.token_ids for r in engine.generate(requests)]
+
+
+def watchdogs() -> int:
+    return sum(thread.name == "watchdog" for thread in threading.enumerate())
+
+
+def test_an_engine_that_fails_in_the_middle_of_its_work_is_closed(settings: EngineSettings, tmp_path: Path) -> None:
+    before = watchdogs()
+    no_token = sharding.Wanted("p", True, 0, 1, (VOCAB_SIZE,))  # its row is outside the embedding
+    job = sharding.Job("x", "hf", settings, "base", 4, (sharding.Shard(tmp_path / "0.parquet", (no_token,)),))
+    with pytest.raises(IndexError):
+        sharding._run_job(job)
+    assert watchdogs() == before
+
+
+# --- how readings find their tokens ---------------------------------------------------------------------------------
+
+
+def test_the_later_reading_of_a_position_counts() -> None:
+    def chances(*values: float) -> torch.Tensor:
+        return torch.tensor([[value, 1 - value] for value in values]).log()
+
+    reader = ReadJoint(slice(0, 2))
+    reader.apply([(0, -3)], chances(0.9))  # a part of its prompt
+    reader.apply([(0, 0), (1, 0)], chances(0.1, 0.2))
+    reader.apply([(0, 0)], chances(0.3))  # computed again
+    reader.apply([(1, 1), (0, 1)], chances(0.4, 0.5))
+    reader.apply([(0, 2)], chances(0.6))  # under way when request 0 stopped
+    first, second = reader.by_request([2, 2])
+    np.testing.assert_allclose(first[:, 0], [0.3, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(second[:, 0], [0.2, 0.4], rtol=1e-6)
+
+
+def test_a_reading_waits_for_the_tokens_of_its_own_forward_pass() -> None:
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    allowed = logits[:, [0, 1, 4, 5]].log_softmax(-1)
+    reader = ReadStates(slice(2, 4), TextRows([(2, 4)], 6))
+    reader.apply([(9, 0)], logits[:1])  # a part of a prefill: nothing is drawn
+    reader.apply([(7, 3), (9, 0), (8, 1)], logits[1:])
+    reader.apply([(9, 1)], logits[:1])  # already under way
+    states = reader.take([(9, 0), (8, 1)], np.array([1, 5], dtype=np.int32))  # request 7 was aborted
+    np.testing.assert_allclose(states.log_prob, [allowed[2, 1], allowed[3, 3]], rtol=1e-6)
+    np.testing.assert_allclose(states.joint, logits[[2, 3], 2:4].softmax(-1), rtol=1e-6)
+    entropy = torch.distributions.Categorical(logits=allowed[[2, 3]]).entropy()
+    np.testing.assert_allclose(states.entropy, entropy, rtol=1e-5)
+    assert reader.take([(9, 1)], np.array([0], dtype=np.int32)).log_prob[0] == pytest.approx(float(allowed[0, 0]))
+
+
+def test_what_is_read_is_read_before_it_is_banned(settings: EngineSettings) -> None:
+    reader, logits = ReadJoint(slice(*settings.banned[0])), torch.randn(2, VOCAB_SIZE)
+    said = logits[:, reader.joint].softmax(-1)
+    for tap in taps_of(settings, reader):
+        tap.apply([(0, 0), (1, 0)], logits)
+    np.testing.assert_array_equal(np.concatenate(reader.by_request([1, 1])), said)
+    assert torch.isneginf(logits[:, reader.joint]).all() and torch.isfinite(logits[:, : settings.banned[0][0]]).all()
 
 
 # --- the stage ------------------------------------------------------------------------------------------------------

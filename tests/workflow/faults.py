@@ -391,7 +391,7 @@ def hang(*args, **kwargs):
 """
 PATCHES = {
     "hf": COUNTED + "from transformers import Qwen3ForCausalLM as model\nbefore, model.forward = model.forward, hang\n",
-    "vllm": COUNTED + "before, module.ReadAndMask.apply = module.ReadAndMask.apply, hang\n",
+    "vllm": COUNTED + "before, module.ApplyTaps.apply = module.ApplyTaps.apply, hang\n",
 }
 
 

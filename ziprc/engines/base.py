@@ -10,6 +10,7 @@ engine under live control, one step at a time. Imports no torch.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ from numpy.typing import NDArray
 
 from ziprc.config.base import Runtime, Sampling
 from ziprc.config.shared import Judge, Rollouts
-from ziprc.errors import UserError, nearest
+from ziprc.errors import UserError
 from ziprc.joint.vocabulary import Vocabulary
+from ziprc.processor import native_bfloat16
 from ziprc.store.files import read_json
 from ziprc.tables.rollouts import FinishReason
 
 if TYPE_CHECKING:
     from ziprc.joint.checkpoint import JointHead
 
-Rows = tuple[int, int]  # half-open range of rows of the output matrix
+IdRange = tuple[int, int]  # half-open: rows of the output matrix, which are token ids where the tokenizer knows them
 OnTokens = Callable[[int], None]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -41,6 +43,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     seed: int
     max_new_tokens: int
+    sampling: Sampling | None = None  # None: the engine's
+    stop: tuple[int, ...] = ()  # ids that end it besides the engine's stop tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Step:
     token_ids: NDArray[np.int32]  # [n] the stop token included
     position: NDArray[np.int32]  # [n] of the token in its response; 0 is the first
     finish: list[FinishReason | None]  # why the response ended with this token
-    joint: NDArray[np.float32]  # [n, R·L]
+    joint: NDArray[np.float32] | None  # [n, R·L]; None unless the engine was asked to read
     log_prob: NDArray[np.float32]  # [n] of the token at position - 1, outside the banned rows; 0 at position 0
     entropy: NDArray[np.float32]  # [n] in nats, outside the banned rows
     cached: NDArray[np.int32]  # [n] prompt tokens that came from the prefix cache
@@ -86,7 +90,7 @@ class EngineSettings:
     model: Path
     sampling: Sampling
     stop_token_ids: tuple[int, ...]
-    banned: tuple[Rows, ...]
+    banned: tuple[IdRange, ...]
     max_model_len: int
     joint: JointHead | None = None
     dtype: Dtype = "float32"
@@ -123,27 +127,20 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """Generates. Every call to `generate` starts from a drained engine with an empty prefix cache."""
+    """Generates. Every call to `generate` starts from a drained engine with an empty prefix cache.
+
+    Close it whatever happens (`contextlib.closing`): its watchdog would go on, and end a process that has moved on.
+    """
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
         """Responses in the order of the requests; `on_tokens` hears how many tokens each finished response has."""
         ...
 
     def session(self) -> Session:
-        """A drained engine with an empty prefix cache, under live control; one at a time. Needs `settings.joint`."""
+        """A drained engine with an empty prefix cache, under live control; one at a time."""
         ...
 
     def close(self) -> None: ...
-
-
-def joint_of(settings: EngineSettings) -> JointHead:
-    """The head that a session reads; UserError when there is none."""
-    if settings.joint is None:
-        raise UserError(
-            f"A session reads the joint head at every step, but the engine of {settings.model} was started without "
-            "one (settings.joint is None). Give it the head of a checkpoint that has one (read_joint_head)."
-        )
-    return settings.joint
 
 
 def check_request(request: Request, in_flight: Container[str], max_model_len: int) -> None:
@@ -159,30 +156,6 @@ def check_request(request: Request, in_flight: Container[str], max_model_len: in
         raise UserError(
             f"Request {request.key} has {prompt} prompt tokens and may add {cap}, {prompt + cap} in all; the engine "
             f"holds max_model_len={max_model_len}. Lower max_new_tokens, or raise max_model_len."
-        )
-
-
-def make_engine(kind: str, settings: EngineSettings) -> Engine:
-    """Start the engine `vllm` or `hf`. Raises UserError when the model cannot hold `max_model_len` tokens."""
-    _check_length(settings)
-    if kind == "vllm":
-        from ziprc.engines.vllm import VLLMEngine
-
-        return VLLMEngine(settings)
-    if kind == "hf":
-        from ziprc.engines.hf import HFEngine
-
-        return HFEngine(settings)
-    raise UserError(f"There is no engine '{kind}'{nearest(kind, ('vllm', 'hf'))}.")
-
-
-def _check_length(settings: EngineSettings) -> None:
-    config = read_json(settings.model / "config.json")
-    limit = config.get("max_position_embeddings")
-    if limit and settings.max_model_len > limit and not config.get("rope_scaling"):
-        raise UserError(
-            f"max_model_len is {settings.max_model_len}, but the model in {settings.model} has {limit} positions "
-            "(max_position_embeddings). Lower max_model_len, or use a model with a longer context."
         )
 
 
@@ -206,12 +179,24 @@ def settings_for(
     )
 
 
-def own_dtype(settings: EngineSettings) -> str:
-    """The dtype to run in; `auto` is that of the checkpoint (vLLM's own `auto` would turn float32 into bfloat16)."""
+def own_dtype(settings: EngineSettings, on_cpu: bool) -> str:
+    """The dtype to run in; `auto` is that of the checkpoint (vLLM's own `auto` would turn float32 into bfloat16).
+
+    A bfloat16 checkpoint runs in float32 on a processor that could only emulate bfloat16, and stderr says so.
+    """
     if settings.dtype != "auto":
         return settings.dtype
     config = read_json(settings.model / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if own == "bfloat16" and on_cpu and not native_bfloat16():
+        print(
+            f"{settings.model} is in bfloat16, for which this processor has no instructions: it runs in float32, in twice "
+            "the memory. To have bfloat16 emulated, write it for `auto` (rollouts.dtype, grades.judge.dtype).",
+            file=sys.stderr,
+            flush=True,
+        )
+        return "float32"
+    return own
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -225,12 +210,12 @@ def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return stops
 
 
-def unknown_rows(folder: Path, tokenizer: Vocabulary) -> tuple[Rows, ...]:
+def unknown_rows(folder: Path, tokenizer: Vocabulary) -> tuple[IdRange, ...]:
     """The rows of the output matrix that are no token: the joint head and whatever pads the vocabulary."""
     return gaps(tokenizer.get_vocab().values(), read_json(folder / "config.json")["vocab_size"])
 
 
-def gaps(used: Iterable[int], size: int) -> tuple[Rows, ...]:
+def gaps(used: Iterable[int], size: int) -> tuple[IdRange, ...]:
     """Half-open ranges of [0, size) that hold no used id."""
     edges = [-1, *sorted({i for i in used if i < size}), size]
     return tuple((a + 1, b) for a, b in itertools.pairwise(edges) if b - a > 1)

@@ -1,14 +1,16 @@
 """The exact reference engine: batched generation with plain Transformers, no vLLM needed.
 
-It samples as vLLM 0.32 does, step by step, so that equal seeds give equal tokens in float32: banned rows to -inf,
+It samples as vLLM 0.32 does, step by step, so that equal seeds give equal tokens in float32: the taps (taps.py),
 temperature, min-p, top-k, top-p, then the Gumbel-max draw with one generator per request. On a CPU vLLM draws one
-integer a step from that generator and expands it with SplitMix64 into independent noise per token; elsewhere it divides
-by exponential noise. Both are here; the first is tested against vLLM. Slower than vLLM: the batches of `generate` are
-static, and a session keeps no cache at all. Shapes: B rows, T time, V vocabulary.
+integer a step from that generator and expands it with SplitMix64 into independent noise per token; elsewhere its first
+model runner divides by exponential noise. Both are here; the first is tested against vLLM. (The second model runner has
+a noise of its own: there the distributions are equal, not the tokens.) Slower than vLLM: the batches of `generate`
+are static, and a session keeps no cache at all. Shapes: B rows, T time, V vocabulary.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,19 +20,10 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from ziprc.config.base import Sampling
-from ziprc.engines.base import (
-    EngineSettings,
-    OnTokens,
-    Request,
-    Response,
-    Step,
-    check_request,
-    joint_of,
-    own_dtype,
-)
-from ziprc.engines.taps import LiveReadout, Taken, TextRows
+from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, Step, check_request, own_dtype
+from ziprc.engines.taps import LogitsTap, Place, ReadJoint, ReadStates, StepStates, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
-from ziprc.joint.checkpoint import JointHead, load_model
+from ziprc.joint.checkpoint import load_model
 from ziprc.tables.rollouts import FinishReason
 
 GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
@@ -85,21 +78,27 @@ def draw(logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
     return (logits.softmax(-1) / noise).argmax(-1)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Next tokens [B] from float32 logits [B, V] in which banned rows are already -inf."""
-    if sampling.temperature < GREEDY_BELOW:
-        return logits.argmax(-1)
-    return draw(filtered(logits, sampling), generators)
+def sample(logits: torch.Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Next tokens [B] from float32 logits [B, V] in which banned rows are already -inf; every row has its own settings."""
+    tokens = logits.argmax(-1)
+    for sampling in {id(one): one for one in samplings}.values():  # nearly always one; to compare them costs more
+        rows = [i for i, one in enumerate(samplings) if one is sampling]
+        if sampling.temperature >= GREEDY_BELOW:
+            own = logits if len(rows) == len(logits) else logits[rows]
+            tokens[rows] = draw(filtered(own, sampling), [generators[i] for i in rows])
+    return tokens
 
 
 @dataclass
 class _Row:
-    """One response in the making."""
+    """One response in the making; `number` is its name in a reader."""
 
     request: Request
+    number: int
     generator: torch.Generator
+    sampling: Sampling
+    stops: frozenset[int]
     tokens: list[int] = field(default_factory=list)
-    joint: list[NDArray[np.float32]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     log_prob: float = 0.0  # of the last token, where a session asks for it
 
@@ -107,16 +106,19 @@ class _Row:
     def text(self) -> tuple[int, ...]:
         return (*self.request.prompt_token_ids, *self.tokens)
 
-    def add(self, token: int, stops: frozenset[int]) -> None:
+    @property
+    def place(self) -> Place:
+        return self.number, len(self.tokens)
+
+    def add(self, token: int) -> None:
         self.tokens.append(token)
-        if token in stops:
+        if token in self.stops:
             self.finish_reason = FinishReason.STOP
         elif len(self.tokens) >= self.request.max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
 
-    def response(self) -> Response:
+    def response(self, joint: NDArray[np.float32] | None) -> Response:
         assert self.finish_reason is not None
-        joint = np.stack(self.joint) if self.joint else None
         return Response(self.request.key, tuple(self.tokens), self.finish_reason, joint)
 
 
@@ -146,8 +148,8 @@ class HFEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(settings.model, getattr(torch, own_dtype(settings))).to(self.device)
-        self.stops = frozenset(settings.stop_token_ids)
+        dtype = own_dtype(settings, on_cpu=self.device.type == "cpu")
+        self.model = load_model(settings.model, getattr(torch, dtype)).to(self.device)
         self.watchdog = Watchdog(settings.stall_limit_s, f"Transformers with {settings.model}")
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
@@ -156,20 +158,24 @@ class HFEngine:
         responses: dict[int, Response] = {}
         for start in range(0, len(order), self.settings.max_num_seqs):
             batch = order[start : start + self.settings.max_num_seqs]
-            rows = [self._row(requests[i]) for i in batch]
-            self._finish(rows, on_tokens or (lambda tokens: None))
-            responses.update((i, row.response()) for i, row in zip(batch, rows, strict=True))
+            rows = [self._row(requests[i], number) for number, i in enumerate(batch)]
+            reader = ReadJoint(self.settings.joint.layout.joint_slice) if self.settings.joint else None
+            self._finish(rows, taps_of(self.settings, reader), on_tokens or (lambda tokens: None))
+            joint = reader.by_request([len(row.tokens) for row in rows]) if reader else [None] * len(rows)
+            responses.update((i, row.response(own)) for i, row, own in zip(batch, rows, joint, strict=True))
         return [responses[i] for i in range(len(requests))]
 
     def session(self) -> HFSession:
-        return HFSession(self, joint_of(self.settings))
+        return HFSession(self)
 
     def close(self) -> None:
         self.watchdog.close()
         del self.model
 
-    def _row(self, request: Request) -> _Row:
-        return _Row(request, torch.Generator(device=self.device).manual_seed(request.seed))
+    def _row(self, request: Request, number: int) -> _Row:
+        generator = torch.Generator(device=self.device).manual_seed(request.seed)
+        stops = frozenset((*self.settings.stop_token_ids, *request.stop))
+        return _Row(request, number, generator, request.sampling or self.settings.sampling, stops)
 
     def _padded(self, rows: Sequence[_Row]) -> _Inputs:
         """Prompts, and whatever has been sampled after them; padded on the left, with an empty cache."""
@@ -181,19 +187,14 @@ class HFEngine:
         return _Inputs(ids, mask, positions, DynamicCache(config=self.model.config))
 
     @torch.inference_mode()
-    def _finish(self, rows: Sequence[_Row], on_tokens: OnTokens) -> None:
+    def _finish(self, rows: Sequence[_Row], taps: Sequence[LogitsTap], on_tokens: OnTokens) -> None:
         """Generate until every row has its finish reason."""
         batch, inputs = list(rows), self._padded(rows)
         while batch:
-            logits = self._logits(inputs)
-            if self.settings.joint is not None:
-                for row, reading in zip(batch, self._joint(logits), strict=True):
-                    if row.finish_reason is None:
-                        row.joint.append(reading)
-            tokens = self._sample(batch, logits)
+            tokens = self._next(batch, inputs, taps)
             for row, token in zip(batch, tokens.tolist(), strict=True):
                 if row.finish_reason is None:
-                    row.add(token, self.stops)
+                    row.add(token)
                     if row.finish_reason is not None:
                         on_tokens(len(row.tokens))
             inputs.advance(tokens)
@@ -203,8 +204,8 @@ class HFEngine:
                 if batch:
                     inputs.keep(live)
 
-    def _logits(self, inputs: _Inputs) -> torch.Tensor:
-        """One forward pass: what every row says next, [B, V] float32."""
+    def _next(self, batch: Sequence[_Row], inputs: _Inputs, taps: Sequence[LogitsTap]) -> torch.Tensor:
+        """The next token of every row, [B]: one forward pass, the taps, a draw."""
         with self.watchdog.watching():
             output = self.model(
                 input_ids=inputs.ids,
@@ -214,32 +215,28 @@ class HFEngine:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return output.logits[:, -1].float()
-
-    def _joint(self, logits: torch.Tensor) -> NDArray[np.float32]:
-        """[B, R·L], to be read before the rows are banned."""
-        assert self.settings.joint is not None
-        return logits[:, self.settings.joint.layout.joint_slice].softmax(-1).cpu().numpy()
-
-    def _sample(self, batch: Sequence[_Row], logits: torch.Tensor) -> torch.Tensor:
-        """The next token of every row, [B]; bans rows of `logits` in place."""
-        for first, last in self.settings.banned:
-            logits[:, first:last] = -torch.inf
-        return sample(logits, self.settings.sampling, [row.generator for row in batch])
+        logits = output.logits[:, -1].float()
+        places = [row.place for row in batch]
+        for tap in taps:
+            tap.apply(places, logits)
+        return sample(logits, [row.sampling for row in batch], [row.generator for row in batch])
 
 
 class HFSession:
     """The reference of live control: every step is one full forward pass over the first `max_num_seqs` requests."""
 
-    def __init__(self, engine: HFEngine, joint: JointHead) -> None:
+    def __init__(self, engine: HFEngine) -> None:
+        settings = engine.settings
         self.engine = engine
-        text = TextRows(engine.settings.banned, engine.model.config.vocab_size)
-        self.reader = LiveReadout(joint.layout.joint_slice, text)
+        text = TextRows(settings.banned, engine.model.config.vocab_size)
+        self.reader = ReadStates(settings.joint.layout.joint_slice if settings.joint else None, text)
+        self.taps = taps_of(settings, self.reader)
         self.rows: list[_Row] = []
+        self._numbers = itertools.count()
 
     def add(self, request: Request) -> None:
         check_request(request, [row.request.key for row in self.rows], self.engine.settings.max_model_len)
-        self.rows.append(self.engine._row(request))
+        self.rows.append(self.engine._row(request, next(self._numbers)))
 
     def abort(self, keys: Iterable[str]) -> None:
         gone = set(keys)
@@ -254,27 +251,24 @@ class HFSession:
         batch = self.rows[: self.engine.settings.max_num_seqs]
         if not batch:
             return None
-        places = [(i, len(row.tokens)) for i, row in enumerate(batch)]
-        logits = self.engine._logits(self.engine._padded(batch))
-        self.reader.read(places, logits)
-        tokens = self.engine._sample(batch, logits).cpu().numpy().astype(np.int32)
-        step = self._emitted(batch, tokens, self.reader.take(places, tokens))
+        tokens = self.engine._next(batch, self.engine._padded(batch), self.taps).cpu().numpy().astype(np.int32)
+        step = self._emitted(batch, tokens, self.reader.take([row.place for row in batch], tokens))
         self.rows = [row for row in self.rows if row.finish_reason is None]
         return step
 
-    def _emitted(self, batch: Sequence[_Row], tokens: NDArray[np.int32], taken: Taken) -> Step:
+    def _emitted(self, batch: Sequence[_Row], tokens: NDArray[np.int32], states: StepStates) -> Step:
         """Append the tokens [B] and say what was drawn in which state."""
         log_prob = np.array([row.log_prob for row in batch], dtype=np.float32)
-        for row, token, own in zip(batch, tokens.tolist(), taken.log_prob.tolist(), strict=True):
-            row.add(token, self.engine.stops)
+        for row, token, own in zip(batch, tokens.tolist(), states.log_prob.tolist(), strict=True):
+            row.add(token)
             row.log_prob = own
         return Step(
             keys=[row.request.key for row in batch],
             token_ids=tokens,
             position=np.array([len(row.tokens) - 1 for row in batch], dtype=np.int32),
             finish=[row.finish_reason for row in batch],
-            joint=taken.joint,
+            joint=states.joint,
             log_prob=log_prob,
-            entropy=taken.entropy,
+            entropy=states.entropy,
             cached=np.zeros(len(batch), dtype=np.int32),
         )

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ziprc.engines.base import Engine, EngineSettings, OnTokens, Request, Response, make_engine
+from ziprc.engines import start
+from ziprc.engines.base import Engine, EngineSettings, OnTokens, Request, Response
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_tokenizer
 from ziprc.progress import progress
@@ -68,8 +69,8 @@ class Job:
 def shards_of(wanted: Sequence[Sequence[Wanted]], prompts_per_shard: int, folder: Path, digest: str) -> list[Shard]:
     """Fixed chunks of prompts. The file name holds the digest of all that the content follows from."""
     shards = []
-    for number, start in enumerate(range(0, len(wanted), prompts_per_shard)):
-        chunk = tuple(itertools.chain.from_iterable(wanted[start : start + prompts_per_shard]))
+    for number, first in enumerate(range(0, len(wanted), prompts_per_shard)):
+        chunk = tuple(itertools.chain.from_iterable(wanted[first : first + prompts_per_shard]))
         shards.append(Shard(folder / f"{number:05d}-{digest_json([digest, number])[:ID_LENGTH]}.parquet", chunk))
     return shards
 
@@ -142,9 +143,8 @@ def _make_shard(engine: Engine, shard: Shard, job: Job, tokenizer: Any, on_token
 def _run_job(job: Job) -> None:
     """Start an engine and make the shards one after the other."""
     tokenizer = load_tokenizer(job.settings.model)
-    engine = make_engine(job.kind, job.settings)
     most = sum(len(shard.wanted) for shard in job.shards) * job.max_new_tokens
-    with progress(most, job.title, "tok") as bar:
+    with contextlib.closing(start(job.kind, job.settings)) as engine, progress(most, job.title, "tok") as bar:
 
         def on_tokens(tokens: int) -> None:
             bar.total -= job.max_new_tokens - tokens  # what this response did not use
@@ -152,7 +152,6 @@ def _run_job(job: Job) -> None:
 
         for shard in job.shards:
             _make_shard(engine, shard, job, tokenizer, on_tokens)
-    engine.close()
 
 
 # --- several processes ----------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""What is kept of the logits while tokens are sampled: the joint head always, the text rows where a session wants them.
+"""Taps: what reads the logits of a step, or changes them, before a token is drawn. Both engines apply the same ones.
 
-A reading is filed under (request, position): position is the number of output tokens so far, so it names the state that
-emits the next one. `Readout` gathers the joint of a whole `generate` call and crosses from the device once in
-`STEPS_PER_COPY` steps. `LiveReadout` hands one step over at a time and adds entropy and log-probability, which cost a
-softmax over all text rows. The log-probability of a token can only be gathered once the token has been drawn, after the
-logits are gone; so the rows of log-probabilities wait for it on the device.
+A tap is given the logits of the requests that are ours, and for each row its place, (request, position): position is the
+number of output tokens so far, so it names the state that emits the next one. Taps are applied in order: reading first,
+banning last. `ReadJoint` gathers the joint of a whole `generate` call and crosses from the device once in `STEPS_PER_COPY`
+steps. `ReadStates` hands one step over at a time and adds entropy and log-probability, which cost a softmax over all text
+rows. The log-probability of a token can only be gathered once the token has been drawn, after the logits are gone; so
+the rows of log-probabilities wait for it on the device.
 Shapes: B rows of a batch, V rows of the output matrix, K of them not banned, n outputs of a step, R·L cells.
 """
 
@@ -13,23 +14,45 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ziprc.engines.base import Rows
+from ziprc.engines.base import EngineSettings, IdRange
 
 STEPS_PER_COPY = 64
 
 Place = tuple[int, int]  # number of the request, position
 
 
+class LogitsTap(Protocol):
+    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
+        """Row i of `logits` [B, V] is the state of `places[i]`; it may be changed, in place."""
+        ...
+
+
+class Ban:
+    """Rows of the output matrix that are never sampled."""
+
+    def __init__(self, banned: Sequence[IdRange]) -> None:
+        self.banned = [slice(*rows) for rows in banned]
+
+    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
+        for rows in self.banned:
+            logits[:, rows] = -torch.inf
+
+
+def taps_of(settings: EngineSettings, reader: LogitsTap | None) -> list[LogitsTap]:
+    """What is applied at every step of an engine, in order."""
+    return [*([] if reader is None else [reader]), Ban(settings.banned)]
+
+
 class TextRows:
     """The rows of the output matrix that can be sampled, and the model's own distribution over them."""
 
-    def __init__(self, banned: Sequence[Rows], vocab_size: int) -> None:
+    def __init__(self, banned: Sequence[IdRange], vocab_size: int) -> None:
         allowed = np.ones(vocab_size, dtype=bool)
         for first, last in banned:
             allowed[first:last] = False
@@ -48,27 +71,18 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-class Readout:
-    """Readings of one `generate` call: for every step, which place each row of a tensor belongs to."""
+class ReadJoint:
+    """The joint at every place of one `generate` call."""
 
     def __init__(self, joint: slice) -> None:
         self.joint = joint
-        self.clear()
-
-    def clear(self) -> None:
         self.places: list[Place] = []
         self._waiting: list[torch.Tensor] = []
         self._host: list[NDArray[np.float32]] = []
 
-    def read(self, places: Sequence[Place], logits: torch.Tensor) -> None:
-        """Row i of `logits` [B, V] is the state of `places[i]`."""
-        self.add(places, logits[:, self.joint].float().softmax(-1))  # not a view: the slice itself is overwritten next
-
-    def add(self, places: Sequence[Place], probabilities: torch.Tensor) -> None:
-        """Row i of `probabilities` [B, R·L] is the reading of `places[i]`."""
-        assert len(places) == len(probabilities), "every row of a batch belongs to a request"
+    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
         self.places.extend(places)
-        self._waiting.append(probabilities)
+        self._waiting.append(logits[:, self.joint].float().softmax(-1))  # no view: the rows are banned next
         if len(self._waiting) >= STEPS_PER_COPY:
             self._copy()
 
@@ -81,7 +95,8 @@ class Readout:
         """[m, R·L] for every request, given the m of each. The last reading of a position counts."""
         self._copy()
         request, position = np.asarray(self.places, dtype=np.int64).T
-        wanted = position < np.asarray(lengths)[request]  # a step may already be under way when a response stops
+        # A step may already be under way when a response stops, and a part of a prefill may end inside the prompt.
+        wanted = (position >= 0) & (position < np.asarray(lengths)[request])
         starts = np.concatenate([[0], np.cumsum(lengths)])
         readings = np.concatenate(self._host)
         rows = np.full((starts[-1], readings.shape[1]), np.nan, dtype=np.float32)
@@ -90,52 +105,53 @@ class Readout:
         return np.split(rows, starts[1:-1])
 
 
-class Taken(NamedTuple):
+class StepStates(NamedTuple):
     """What the states of a step say, in the order of its outputs."""
 
-    joint: NDArray[np.float32]  # [n, R·L]
+    joint: NDArray[np.float32] | None  # [n, R·L]
     entropy: NDArray[np.float32]  # [n]
     log_prob: NDArray[np.float32]  # [n] of the tokens that were drawn from these states
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """One forward pass, on its device."""
+class _Pass:
+    """What one forward pass said, on its device."""
 
     row_of: dict[Place, int]
-    joint: torch.Tensor  # [B, R·L]
+    joint: torch.Tensor | None  # [B, R·L]
     log_probs: torch.Tensor  # [B, K]
 
-    def taken(self, rows: Sequence[int], columns: NDArray[np.int64]) -> Taken:
-        """Rows and columns of the drawn tokens, [n] each; one copy from the device."""
-        wanted = torch.zeros(len(self.log_probs), 1, dtype=torch.int64)
-        wanted[rows, 0] = torch.from_numpy(columns)
-        chosen = self.log_probs.gather(-1, wanted.to(self.log_probs.device))
-        parts = torch.cat([entropy(self.log_probs)[:, None], chosen, self.joint], -1).cpu().numpy()[rows]
-        return Taken(parts[:, 2:], parts[:, 0], parts[:, 1])
 
+class ReadStates:
+    """The passes of a session that wait for their tokens, oldest first.
 
-class LiveReadout:
-    """Readings of a session, oldest first: usually one, two where a step starts before the last one's tokens are out."""
+    Usually one; two where a step starts before the last one's tokens are out. `joint` None: there is no head to read.
+    """
 
-    def __init__(self, joint: slice, text: TextRows) -> None:
+    def __init__(self, joint: slice | None, text: TextRows) -> None:
         self.joint, self.text = joint, text
-        self._waiting: deque[_Reading] = deque()
+        self._waiting: deque[_Pass] = deque()
 
-    def read(self, places: Sequence[Place], logits: torch.Tensor) -> None:
-        """Row i of `logits` [B, V] is the state of `places[i]`."""
-        assert len(places) == len(logits), "every row of a batch belongs to a request"
+    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
         row_of = {place: row for row, place in enumerate(places)}
-        joint = logits[:, self.joint].float().softmax(-1)
-        self._waiting.append(_Reading(row_of, joint, self.text.log_probs(logits)))
+        joint = None if self.joint is None else logits[:, self.joint].float().softmax(-1)
+        self._waiting.append(_Pass(row_of, joint, self.text.log_probs(logits)))
 
-    def take(self, places: Sequence[Place], tokens: NDArray[np.int32]) -> Taken:
+    def take(self, places: Sequence[Place], tokens: NDArray[np.int32]) -> StepStates:
         """What was read where `tokens` [n] were drawn: the outputs of one step, which all come from one forward pass.
 
-        Older passes, which emitted nothing (a part of a prefill), are dropped.
+        That is the last pass that knows them: where only a part of a prompt was computed, an earlier one may bear the
+        same name. It and all before it are dropped. One copy from the device.
         """
-        while self._waiting and places[0] not in self._waiting[0].row_of:
+        known = [i for i, one in enumerate(self._waiting) if places[0] in one.row_of]
+        assert known, f"{places[0]} emitted a token but was never read"
+        for _ in range(known[-1]):
             self._waiting.popleft()
-        assert self._waiting, f"{places[0]} emitted a token but was never read"
-        reading = self._waiting.popleft()
-        return reading.taken([reading.row_of[place] for place in places], self.text.columns[tokens])
+        found = self._waiting.popleft()
+        rows = [found.row_of[place] for place in places]
+        wanted = torch.zeros(len(found.log_probs), 1, dtype=torch.int64)
+        wanted[rows, 0] = torch.from_numpy(self.text.columns[tokens])
+        chosen = found.log_probs.gather(-1, wanted.to(found.log_probs.device))
+        parts = [entropy(found.log_probs)[:, None], chosen, *([] if found.joint is None else [found.joint])]
+        numbers = torch.cat(parts, -1).cpu().numpy()[rows]
+        return StepStates(None if found.joint is None else numbers[:, 2:], numbers[:, 0], numbers[:, 1])

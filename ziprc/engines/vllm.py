@@ -1,11 +1,10 @@
 """vLLM, on CPUs and GPUs, inside our own process: the engine that makes the rollouts.
 
-One custom logits processor does both things that stock vLLM cannot: it reads softmax over the R·L rows of the joint
-head in the very forward pass that emits a token, and then sets every row that is no token to -inf, before temperature
-and min-p and for greedy sampling too. A reading is filed under the number of output tokens so far; when a chunked
-prefill or a preempted request computes a position again, the later reading counts. How readings are kept is in
-`engines/taps.py`. A session drives the same engine a step at a time. What had to be learned about vLLM is
-noted where it matters.
+One custom logits processor applies our taps (taps.py), which stock vLLM cannot do: softmax over the R·L rows of the joint
+head is read in the very forward pass that emits a token, and then every row that is no token is set to -inf, before
+temperature and min-p and for greedy sampling too. vLLM has two model runners with an interface for processors each, and
+ours serves both: the second runs wherever Triton exists, the first elsewhere, as on a CPU. A session drives the same
+engine a step at a time. What had to be learned about vLLM is noted where it matters.
 """
 
 from __future__ import annotations
@@ -18,37 +17,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Read when vLLM is imported. The engine runs in this process, so that readings need not cross a process border; the
-# second model runner takes no custom logits processors; nothing is sent anywhere.
+# Read when vLLM is imported. The engine runs in this process, so that readings need not cross a process border; nothing
+# is sent anywhere.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_DO_NOT_TRACK"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor import LogitsProcessor as FirstRunnersProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnersProcessor
 
-from ziprc.engines.base import (
-    EngineSettings,
-    OnTokens,
-    Request,
-    Response,
-    Step,
-    check_request,
-    joint_of,
-    own_dtype,
-)
-from ziprc.engines.taps import LiveReadout, Readout, TextRows
+from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, Step, check_request, own_dtype
+from ziprc.engines.taps import Ban, LogitsTap, Place, ReadJoint, ReadStates, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
 from ziprc.errors import UserError
 from ziprc.store.files import read_json
@@ -61,34 +52,60 @@ BATCHED_TOKENS = 8192  # tokens of one forward pass on a CPU
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # csrc/cpu/cpu_attn.cpp
 BLOCK_TOKENS = 32  # smallest KV block of the CPU backend; only whole blocks of a prompt are shared
 
-# How an engine's processor, which vLLM constructs, finds who reads in the engine now: a whole call, or a session.
-_readers: dict[int, Readout | LiveReadout] = {}
+# How a processor, which vLLM constructs, finds the taps of its engine: those of a whole call, or of a session.
+_taps: dict[int, list[LogitsTap]] = {}
 _engine_ids = itertools.count()
 
 
-class ReadAndMask(LogitsProcessor):
-    """Reads the joint head, then bans the rows that are no token. Configured through `additional_config["ziprc"]`."""
+class ApplyTaps(FirstRunnersProcessor, SecondRunnersProcessor):
+    """Applies our taps to the rows of our requests and leaves the others alone: warm-up requests are not ours.
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    The first model runner constructs it with (config, device, is_pin_memory), tells who moved by `update_state` and calls
+    `apply(logits)`; the second with (config, state of the requests), `add_request` and `apply(logits, context)`.
+    Configured through `additional_config["ziprc"]`.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device_or_state: Any, is_pin_memory: bool = False) -> None:
         own = vllm_config.additional_config["ziprc"]
-        self.banned = [slice(*rows) for rows in own["banned"]]
-        self.engine = own["engine"]
-        self.rows: dict[int, tuple[int, list[int]]] = {}  # row of the batch → (request, its output tokens, live)
+        self.engine, self.state = own["engine"], device_or_state
+        self.alone: list[LogitsTap] = [Ban(own["banned"])]  # for a tensor-parallel worker: the taps are in our process
+        # Row of the batch (first runner) or slot, which a request keeps (second) → request, its output tokens (first, live).
+        self.requests: dict[int, tuple[int, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False  # so it runs first, and for greedy sampling too
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self.rows, batch_update, _request_of)
+        """The first runner's news: requests that came, went or changed rows."""
+        process_dict_updates(self.requests, batch_update, _request_of)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        reader = _readers.get(self.engine)  # none without a joint head, and none in a tensor-parallel worker process
-        if self.rows and reader is not None:
-            # Only the number of output tokens is used: where vLLM schedules ahead, the last one is a placeholder.
-            reader.read([(number, len(out)) for number, out in (self.rows[i] for i in range(len(self.rows)))], logits)
-        for rows in self.banned:
-            logits[:, rows] = -torch.inf
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """The second runner's news: a request has taken this slot, whoever had it before."""
+        self.requests.pop(req_idx, None)
+        if (found := _request_of(sampling_params, None, [])) is not None:
+            self.requests[req_idx] = found
+        return found is not None
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
+        """[B, V] in place; taps see our rows only."""
+        place_of = self._places(ctx, len(logits))
+        if place_of:
+            rows, places = list(place_of), list(place_of.values())
+            own = logits if len(rows) == len(logits) else logits[rows]
+            for tap in _taps.get(self.engine, self.alone):
+                tap.apply(places, own)
+            if own is not logits:
+                logits[rows] = own
         return logits
+
+    def _places(self, ctx: LogitsContext | None, rows: int) -> dict[int, Place]:
+        """Place of every row that is ours, from what the host knows."""
+        if ctx is None:  # where vLLM schedules ahead, the last output token is a placeholder; only their number is used
+            return {row: (number, len(out)) for row, (number, out) in sorted(self.requests.items())}
+        assert rows == len(ctx.idx_mapping_np), "one row a request, and exact lengths: no speculative decoding"
+        slots, known, prompt = ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np, self.state.prompt_len.np
+        ours = [(row, slot) for row, slot in enumerate(slots) if slot in self.requests]
+        return {row: (self.requests[slot][0], int(known[row] - prompt[slot])) for row, slot in ours}
 
 
 def _request_of(params: SamplingParams, _prompt: list[int] | None, out: list[int]) -> tuple[int, list[int]] | None:
@@ -114,7 +131,6 @@ class VLLMEngine:
             _check_head_dim(settings)
         self.settings = settings
         self._id = next(_engine_ids)
-        self._readout = Readout(settings.joint.layout.joint_slice) if settings.joint else None
         self._session: VLLMSession | None = None
         self._set_num_threads = torch.set_num_threads  # a CPU engine replaces it by a no-op, for the whole process
         try:
@@ -125,7 +141,8 @@ class VLLMEngine:
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
         """As `Engine.generate`."""
-        self._start(self._readout)
+        reader = ReadJoint(self.settings.joint.layout.joint_slice) if self.settings.joint else None
+        self._start(reader)
         for number, request in enumerate(requests):
             self._add(request, number)
         finished: dict[int, RequestOutput] = {}
@@ -137,19 +154,17 @@ class VLLMEngine:
                 if on_tokens is not None:
                     on_tokens(len(output.outputs[0].token_ids))
         texts = [finished[number].outputs[0] for number in range(len(requests))]
-        joint: Sequence[NDArray[np.float32] | None] = [None] * len(texts)
-        if self._readout is not None and texts:
-            joint = self._readout.by_request([len(text.token_ids) for text in texts])
-            self._readout.clear()
+        joint = reader.by_request([len(text.token_ids) for text in texts]) if reader and texts else [None] * len(texts)
+        del _taps[self._id]  # and all that was read
         return [
             Response(request.key, tuple(text.token_ids), FinishReason(text.finish_reason), reading)
             for request, text, reading in zip(requests, texts, joint, strict=True)
         ]
 
     def session(self) -> VLLMSession:
-        joint = joint_of(self.settings).layout.joint_slice
+        joint = self.settings.joint.layout.joint_slice if self.settings.joint else None
         vocab_size = read_json(self.settings.model / "config.json")["vocab_size"]
-        reader = LiveReadout(joint, TextRows(self.settings.banned, vocab_size))
+        reader = ReadStates(joint, TextRows(self.settings.banned, vocab_size))
         self._start(reader)
         self._session = VLLMSession(self, reader)
         return self._session
@@ -159,10 +174,10 @@ class VLLMEngine:
         self.watchdog.close()
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        _readers.pop(self._id, None)
+        _taps.pop(self._id, None)
         torch.set_num_threads = self._set_num_threads
 
-    def _start(self, reader: Readout | LiveReadout | None) -> None:
+    def _start(self, reader: LogitsTap | None) -> None:
         """Drain the engine, empty its prefix cache, and let `reader` read from now on."""
         if self._session is not None:
             raise UserError("A session of this engine is still open. Close it before generating or opening another.")
@@ -171,22 +186,15 @@ class VLLMEngine:
             self.llm.llm_engine.step()
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM still holds KV blocks although nothing is in flight")
-        if reader is not None:
-            _readers[self._id] = reader
-        if isinstance(reader, Readout):
-            reader.clear()
+        _taps[self._id] = taps_of(self.settings, reader)
 
     def _add(self, request: Request, number: int) -> str:
         """Queue the request; its output and its readings are filed under `number`. Returns vLLM's own id for it."""
-        sampling = self.settings.sampling
         params = SamplingParams(
-            temperature=sampling.temperature,
-            min_p=sampling.min_p,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            **dict(request.sampling or self.settings.sampling),
             seed=request.seed,
             max_tokens=request.max_new_tokens,
-            stop_token_ids=list(self.settings.stop_token_ids),
+            stop_token_ids=[*self.settings.stop_token_ids, *request.stop],
             ignore_eos=True,  # the stop ids above are all there are; vLLM adds none of its own
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -197,19 +205,18 @@ class VLLMEngine:
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
-        own = {"banned": [list(rows) for rows in settings.banned], "engine": self._id}
         return {
             "model": str(settings.model),
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # sampling settings are ours alone
-            "dtype": own_dtype(settings),
+            "dtype": own_dtype(settings, on_cpu=current_platform.is_cpu()),
             "max_model_len": settings.max_model_len,
             "max_num_seqs": settings.max_num_seqs,
             "tensor_parallel_size": settings.tensor_parallel,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enforce_eager": settings.enforce_eager,
-            "logits_processors": [ReadAndMask],
-            "additional_config": {"ziprc": own},
+            "logits_processors": [ApplyTaps],
+            "additional_config": {"ziprc": {"banned": [list(rows) for rows in settings.banned], "engine": self._id}},
             "use_tqdm_on_load": False,
             **(_cpu_arguments(settings) if current_platform.is_cpu() else {}),
         }
@@ -230,7 +237,7 @@ class _Flying:
 class VLLMSession:
     """Live control of one engine, in which it keeps the place of `generate`."""
 
-    def __init__(self, engine: VLLMEngine, reader: LiveReadout) -> None:
+    def __init__(self, engine: VLLMEngine, reader: ReadStates) -> None:
         self.engine, self.reader = engine, reader
         self._numbers = itertools.count()
         self._by_key: dict[str, _Flying] = {}
@@ -273,7 +280,7 @@ class VLLMSession:
         rows = [self._by_id[output.request_id] for output in outputs]
         tokens = np.array([token for output in outputs for token in output.new_token_ids], dtype=np.int32)
         assert len(tokens) == len(rows), "a step emits one token of a request"
-        taken = self.reader.take([(row.number, row.emitted) for row in rows], tokens)
+        states = self.reader.take([(row.number, row.emitted) for row in rows], tokens)
         for row, output in zip(rows, outputs, strict=True):
             if output.prefill_stats is not None:  # with the first token only
                 row.cached = output.prefill_stats.num_cached_tokens
@@ -282,12 +289,12 @@ class VLLMSession:
             token_ids=tokens,
             position=np.array([row.emitted for row in rows], dtype=np.int32),
             finish=[None if o.finish_reason is None else FinishReason(str(o.finish_reason)) for o in outputs],
-            joint=taken.joint,
+            joint=states.joint,
             log_prob=np.array([row.log_prob for row in rows], dtype=np.float32),
-            entropy=taken.entropy,
+            entropy=states.entropy,
             cached=np.array([row.cached for row in rows], dtype=np.int32),
         )
-        for row, log_prob in zip(rows, taken.log_prob.tolist(), strict=True):
+        for row, log_prob in zip(rows, states.log_prob.tolist(), strict=True):
             row.emitted, row.log_prob = row.emitted + 1, log_prob
         self._forget([row for row, why in zip(rows, step.finish, strict=True) if why is not None])
         return step

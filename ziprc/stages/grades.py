@@ -17,7 +17,8 @@ from typing import Any
 from ziprc.chat import visible_answer
 from ziprc.config.base import Sampling
 from ziprc.config.load import Config
-from ziprc.engines.base import make_engine, settings_for
+from ziprc.engines import start
+from ziprc.engines.base import settings_for
 from ziprc.errors import UserError
 from ziprc.rewards.base import Decision, Grade, Grader, Question, decide, lacks_answer, ungraded
 from ziprc.rewards.countdown import CountdownGrader
@@ -62,8 +63,7 @@ def judge_grader(config: Config) -> Iterator[Grader | None]:
     tokenizer = load_tokenizer(folder)
     greedy = Sampling(temperature=0, min_p=0)
     settings = settings_for(folder, tokenizer, own, greedy, machine, machine.judge_tensor_parallel)
-    engine = make_engine(config.rollouts.engine, settings)
-    with contextlib.closing(engine):
+    with contextlib.closing(start(config.rollouts.engine, settings)) as engine:
         yield JudgeGrader(engine, tokenizer, own.max_model_len, own.max_new_tokens)
 
 

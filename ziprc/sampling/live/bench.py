@@ -9,7 +9,8 @@ from typing import Any
 
 from ziprc.chat import prompt_token_ids
 from ziprc.config.load import Config
-from ziprc.engines.base import Engine, make_engine, settings_for
+from ziprc.engines import start
+from ziprc.engines.base import Engine, settings_for
 from ziprc.joint.checkpoint import read_joint_head
 from ziprc.sampling.controller import Budget
 from ziprc.sampling.families import Setting
@@ -60,6 +61,5 @@ def open_engine(config: Config, folder: Any, tokenizer: Any) -> Iterator[Engine]
     """The engine of the rollouts, reading the joint."""
     own, machine = config.rollouts, config.runtime
     settings = settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel)
-    engine = make_engine(own.engine, replace(settings, joint=read_joint_head(folder)))
-    with contextlib.closing(engine):
+    with contextlib.closing(start(own.engine, replace(settings, joint=read_joint_head(folder)))) as engine:
         yield engine

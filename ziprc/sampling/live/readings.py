@@ -63,6 +63,7 @@ class _Readings:
 
     def add(self, p: Rows, s: Rows, step: Step, keep: bool) -> NDArray[np.float32]:
         """Note the rows of a step, which belong to slots `s` [n] of prompts `p` [n]; what to `keep`, [n, F + 1 + C]."""
+        assert step.joint is not None, "a live run reads a joint head"
         log_prob = np.where(step.position == 0, self.gap[p, s], step.log_prob)
         seen = f.update(self.features[p, s], log_prob, step.entropy)
         self.features[p, s] = seen
