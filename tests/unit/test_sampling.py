@@ -16,7 +16,7 @@ from ziprc.joint.bins import BinGrid
 from ziprc.joint.distribution import JointDistribution
 from ziprc.sampling import features, score, selection
 from ziprc.sampling.controller import NONE, Budget, Choice, Controller, Decision, apply, keep_best
-from ziprc.sampling.fitting import Calibration, Fitted, _states, calibration_file, fit_strength, read_fitted
+from ziprc.sampling.fitting import Calibration, Fitted, _states, fit_strength, read_fitted
 from ziprc.sampling.policies.base import Reader
 from ziprc.sampling.policies.fixed import Fixed
 from ziprc.sampling.policies.zip_rc_plus import ZipRCPlus
@@ -522,7 +522,7 @@ def test_a_fit_follows_from_pool_and_seed(large: Pool, fitted: Fitted):
 
 
 def test_a_calibration_is_read_as_it_was_written(fitted: Fitted, large: Pool, tmp_path: Path):
-    write_json(calibration_file(tmp_path), fitted.to_dict())
+    write_json(tmp_path / "calibration.json", fitted.to_dict())
     again = read_fitted(tmp_path, GRID)
     assert again == fitted
     read = [ZipRCPlus(f.fused, GRID, 0.01).read(large.joint, large.features) for f in (fitted, again)]
@@ -535,7 +535,7 @@ def test_a_checkpoint_that_is_not_calibrated_is_told_how_to(tmp_path: Path):
 
 
 def test_a_calibration_for_another_grid_is_refused(fitted: Fitted, tmp_path: Path):
-    write_json(calibration_file(tmp_path), fitted.to_dict())
+    write_json(tmp_path / "calibration.json", fitted.to_dict())
     with pytest.raises(UserError, match="another grid"):
         read_fitted(tmp_path, BinGrid(GRID.reward_centres, (0, 4, 8, 16, 64)))
 
