@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_tokenizer
+from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_model, tiny_tokenizer
+from ziprc.engines.base import unknown_rows
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import load_model, load_tokenizer, read_joint_head, read_manifest
+from ziprc.joint.checkpoint import (
+    JointHead,
+    load_model,
+    load_tokenizer,
+    read_joint_head,
+    read_manifest,
+    save_checkpoint,
+)  # fmt: skip
 from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.readout import TokenPair, batches_by_tokens, read_joint, slice_weight
 from ziprc.joint.vocabulary import VocabLayout, check_layout, derive_layout
@@ -166,6 +175,31 @@ def test_a_slice_that_does_not_fit_is_refused_with_the_numbers():
 def test_a_negative_first_row_is_refused():
     with pytest.raises(UserError, match="needs rows -2"):
         check_layout(VocabLayout(32, 10, -2, 4), [0])
+
+
+def test_a_layout_without_reasoning_rows_is_read_from_records_that_do_not_know_them():
+    layout = VocabLayout(32, 10, 10, 4)
+    old = {name: value for name, value in layout.to_dict().items() if not name.startswith("reasoning")}
+    assert len(old) == 4 and VocabLayout.from_dict(old) == layout and layout.reasoning_size == 0
+    with pytest.raises(KeyError):
+        VocabLayout.from_dict({"vocab_size": 32})
+
+
+@pytest.mark.parametrize("start", [4, 9, 11, 13, 25])
+def test_reasoning_rows_that_overlap_text_or_joint_rows_or_do_not_fit_are_refused(start):
+    check_layout(VocabLayout(32, 10, 10, 4, 14, 8), range(10))
+    with pytest.raises(UserError, match=rf"needs rows {start} to {start + 7} .* text takes 0 to 9 .* 10 to 13"):
+        check_layout(VocabLayout(32, 10, 10, 4, start, 8), range(10))
+
+
+def test_reasoning_rows_are_kept_with_the_checkpoint_and_banned_like_any_row_that_is_no_token(tmp_path: Path):
+    without, model, tokenizer = tiny_checkpoint(tmp_path / "a"), tiny_model(tiny_tokenizer()), tiny_tokenizer()
+    head = read_joint_head(without)
+    layout = replace(head.layout, reasoning_start=head.layout.joint_stop, reasoning_size=20)
+    save_checkpoint(tmp_path / "b", model, tokenizer, {}, JointHead(layout, head.grid))
+    assert read_joint_head(tmp_path / "b").layout == layout
+    assert read_manifest(tmp_path / "b")["joint"]["layout"]["reasoning_size"] == 20
+    assert unknown_rows(tmp_path / "b", tokenizer) == unknown_rows(without, tokenizer) == ((261, ROWS),)
 
 
 # --- checkpoints and reading ------------------------------------------------------------------------------------------

@@ -71,11 +71,6 @@ class BinGrid:
         """Flat index r·L + l into the slice."""
         return np.asarray(reward_bin, dtype=np.int64) * self.L + np.asarray(length_bin, dtype=np.int64)
 
-    def unflatten(self, index: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(reward bin, length bin) of a flat index."""
-        flat = np.asarray(index, dtype=np.int64)
-        return flat // self.L, flat % self.L
-
     def length_bin(self, remaining: ArrayLike) -> NDArray[np.int64]:
         """Bin of a number of remaining tokens ≥ 0; UserError below 0."""
         tokens = np.asarray(remaining)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
@@ -31,13 +31,6 @@ class JointDistribution:
         totals = self.probabilities.sum(-1, dtype=np.float64)
         if not np.all(np.abs(totals - 1) < SUM_TOLERANCE):
             raise UserError("a joint distribution has to sum to 1 and must not hold NaN.")
-
-    @classmethod
-    def from_logits(cls, grid: BinGrid, logits: ArrayLike) -> JointDistribution:
-        """Softmax over the slice alone."""
-        z = np.asarray(logits, dtype=np.float64)
-        e = np.exp(z - z.max(-1, keepdims=True))
-        return cls(grid, e / e.sum(-1, keepdims=True))
 
     @property
     def table(self) -> NDArray[np.floating]:

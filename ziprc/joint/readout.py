@@ -36,14 +36,6 @@ def slice_weight(model: PreTrainedModel, joint: JointHead) -> torch.Tensor:
     return model.get_output_embeddings().weight[joint.layout.joint_slice]
 
 
-def pad_batch(pairs: Sequence[TokenPair], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and mask, [B, T]. The last response token is left out: no state after it is labelled."""
-    rows = [torch.tensor([*pair.prompt, *pair.response[:-1]]) for pair in pairs]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
 def batches_by_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices grouped so that batch size × longest row stays below `budget` tokens, longest first."""
     batch: list[int] = []
@@ -65,13 +57,12 @@ def labelled_states(
     """For every batch: the indices into `pairs`, and for each its labelled hidden states [m, D] on the model's device."""
     lengths = [len(pair.prompt) + len(pair.response) for pair in pairs]
     for batch in batches_by_tokens(lengths, token_budget):
-        ids, mask = pad_batch([pairs[i] for i in batch])
+        own = [pairs[i] for i in batch]
+        inputs = [torch.tensor([*pair.prompt, *pair.response[:-1]]) for pair in own]  # after the last token, no label
+        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+        mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in inputs])[:, None]).long()
         states = body_states(model, ids.to(model.device), mask.to(model.device))
-        rows = []
-        for row, i in enumerate(batch):
-            first = len(pairs[i].prompt) - 1
-            rows.append(states[row, first : first + len(pairs[i].response)])
-        yield batch, rows
+        yield batch, [of[len(p.prompt) - 1 :][: len(p.response)] for of, p in zip(states, own, strict=True)]
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""How the rows of the output matrix are divided: text, then the reserved rows of the joint head.
+"""How the rows of the output matrix are divided: text, the reserved rows of the joint head, extra reasoning rows.
 
 The published code trusts one fixed first row (151669, right for Qwen3 only). Here the first row is derived from
 the tokenizer, and a slice that overlaps any id that the tokenizer or the generation config can produce is refused.
@@ -7,7 +7,7 @@ the tokenizer, and a slice that overlaps any id that the tokenizer or the genera
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 from ziprc.errors import UserError
@@ -19,12 +19,18 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class VocabLayout:
-    """Rows [0, text_size) can be text; rows [joint_start, joint_start + joint_size) are the joint head."""
+    """Rows [0, text_size) can be text; rows [joint_start, joint_start + joint_size) are the joint head.
+
+    Rows [reasoning_start, reasoning_start + reasoning_size) are a second set of tokens, for use inside the thinking
+    block. No model has any yet, and a record without them means that.
+    """
 
     vocab_size: int
     text_size: int
     joint_start: int
     joint_size: int
+    reasoning_start: int = 0
+    reasoning_size: int = 0
 
     @property
     def joint_stop(self) -> int:
@@ -39,7 +45,8 @@ class VocabLayout:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, int]) -> VocabLayout:
-        return cls(**{name: int(record[name]) for name in ("vocab_size", "text_size", "joint_start", "joint_size")})
+        record = {"reasoning_start": 0, "reasoning_size": 0, **record}
+        return cls(**{field.name: int(record[field.name]) for field in fields(cls)})
 
 
 def generation_ids(generation_config: Any) -> set[int]:
@@ -54,7 +61,7 @@ def generation_ids(generation_config: Any) -> set[int]:
 
 
 def check_layout(layout: VocabLayout, used_ids: Iterable[int]) -> None:
-    """Raise UserError when the slice does not fit into the matrix or overlaps an id in use (both ids are named)."""
+    """Raise UserError when reserved rows do not fit into the matrix, overlap an id in use (both ids are named) or others."""
     if layout.joint_start < 0 or layout.joint_stop > layout.vocab_size:
         raise UserError(
             f"The joint head needs rows {layout.joint_start} to {layout.joint_stop - 1} ({layout.joint_size} rows), but the "
@@ -67,6 +74,14 @@ def check_layout(layout: VocabLayout, used_ids: Iterable[int]) -> None:
             f"The joint head starts at row {layout.joint_start}, but id {overlap[0]} inside its "
             f"{layout.joint_size} rows can be produced by the tokenizer or the generation config. The first free id is "
             f"{max(used_ids) + 1}: leave train_joint.first_row empty to use it."
+        )
+    reasoning = range(layout.reasoning_start, layout.reasoning_start + layout.reasoning_size)
+    taken = {*range(layout.text_size), *used_ids, *range(layout.joint_start, layout.joint_stop)}
+    if reasoning and (reasoning.stop > layout.vocab_size or not taken.isdisjoint(reasoning)):
+        raise UserError(
+            f"The reasoning vocabulary needs rows {reasoning.start} to {reasoning.stop - 1} for itself, but the output matrix "
+            f"has {layout.vocab_size} rows, of which text takes 0 to {layout.text_size - 1} and the joint head "
+            f"{layout.joint_start} to {layout.joint_stop - 1}."
         )
 
 
