@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if done := already_made(context):  # found out here, before torch is imported
         print(f"{options.stage}: {done}")
         return 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the launcher: it waits for the stage, which Ctrl-C reaches too
     os.execvpe(command[0], command, environment)
 
 

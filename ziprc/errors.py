@@ -14,6 +14,14 @@ class UserError(Exception):
     """Input that cannot be worked with; the message tells how to mend it."""
 
 
+class Stopped(BaseException):
+    """A signal asked this process to end. No Exception, so that nothing on the way takes it for a failure of its own."""
+
+    def __init__(self, number: int, kept: str = "Nothing is half-written; finished pieces are kept.") -> None:
+        super().__init__(number, kept)
+        self.number, self.kept = number, kept
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint " (did you mean 'x'?)" for the nearest known word, else the list of known words."""
     known = sorted(known)

@@ -17,17 +17,16 @@ from ziprc.training.objectives.joint import (
     JointObjective,
     KLForm,
     Reference,
-    Rows,
     reference_kl,
     slice_cross_entropy,
 )
 
 V, D, P, K = 120, 12, 23, 7
-ROWS = Rows(90, 102)
+ROWS = slice(90, 102)
 FORMS = list(KLForm)
 
 
-def naive_kl(z: Tensor, z_ref: Tensor, form: KLForm, k: int = K, rows: Rows = ROWS) -> Tensor:
+def naive_kl(z: Tensor, z_ref: Tensor, form: KLForm, k: int = K, rows: slice = ROWS) -> Tensor:
     """The definition, term by term, on logits without the slice's columns."""
     outside = [v for v in range(z.shape[-1]) if not rows.start <= v < rows.stop]
     log_q, log_p = z[:, outside].log_softmax(-1), z_ref[:, outside].log_softmax(-1)
@@ -109,7 +108,7 @@ def test_frozen_output_matrix_costs_no_gradient_for_it() -> None:
 def test_works_in_a_model_with_tied_and_untied_embeddings(tied: bool) -> None:
     model, other = (tiny_model(tiny_tokenizer(), seed, tied).double() for seed in (0, 1))
     ids = torch.arange(40).view(2, 20)
-    rows = Rows(265, 277)
+    rows = slice(265, 277)
     states = model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1)
     with torch.no_grad():
         reference = Reference(other.base_model(input_ids=ids).last_hidden_state.flatten(0, 1), other.lm_head.weight)

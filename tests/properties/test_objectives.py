@@ -15,7 +15,6 @@ from ziprc.training.objectives.joint import (
     JointObjective,
     KLForm,
     Reference,
-    Rows,
     reference_kl,
     slice_cross_entropy,
 )
@@ -36,7 +35,7 @@ def sharpening_forms() -> list[KLForm]:
 def test_kl_and_its_gradient_are_exactly_zero_at_equal_weights(size, seed, form, k, chunk) -> None:  # type: ignore[no-untyped-def]
     P, V, D = size
     h, W = draw(seed, P, D).requires_grad_(), draw(seed + 1, V, D).requires_grad_()
-    kl = reference_kl(h, W, Reference(h.detach(), W.detach()), Rows(5, 11), form, k, chunk)
+    kl = reference_kl(h, W, Reference(h.detach(), W.detach()), slice(5, 11), form, k, chunk)
     dh, dW = torch.autograd.grad(kl, (h, W))
     assert kl.item() == 0 and not dh.any() and not dW.any()
 
@@ -47,16 +46,16 @@ def test_top_k_is_between_zero_and_the_exact_kl(size, seed, k) -> None:  # type:
     P, V, D = size
     h, W = draw(seed, P, D).double(), draw(seed + 1, V, D).double()
     reference = Reference(draw(seed + 2, P, D).double(), draw(seed + 3, V, D).double())
-    exact = reference_kl(h, W, reference, Rows(0, 6), KLForm.EXACT, k, 4)
-    coarse = reference_kl(h, W, reference, Rows(0, 6), KLForm.TOP_K, k, 4)
+    exact = reference_kl(h, W, reference, slice(0, 6), KLForm.EXACT, k, 4)
+    coarse = reference_kl(h, W, reference, slice(0, 6), KLForm.TOP_K, k, 4)
     assert -1e-9 <= coarse <= exact + 1e-9  # merging cells cannot raise a divergence
-    everything = reference_kl(h, W, reference, Rows(0, 6), KLForm.TOP_K, V, 4)
+    everything = reference_kl(h, W, reference, slice(0, 6), KLForm.TOP_K, V, 4)
     assert everything.item() == pytest.approx(exact.item(), rel=1e-9)
 
 
 def test_the_published_form_is_biased_by_the_mass_outside_its_top_32() -> None:
     h, W = draw(0, 6, 5).double() / 3, draw(1, 200, 5).double() / 3
-    kl = reference_kl(h, W, Reference(h, W), Rows(190, 200), KLForm.LEGACY_TOP32, 0, 4)
+    kl = reference_kl(h, W, Reference(h, W), slice(190, 200), KLForm.LEGACY_TOP32, 0, 4)
     mass = (h @ W[:190].T).softmax(-1).topk(LEGACY_TOP_K, -1).values.sum(-1)
     assert kl.item() == pytest.approx(-mass.log().sum().item()) and kl > 0
 
@@ -65,7 +64,7 @@ def test_the_published_form_is_biased_by_the_mass_outside_its_top_32() -> None:
 @given(st.integers(0, 10**6), st.sampled_from(list(KLForm)))
 def test_the_slice_gets_no_gradient_from_the_kl(seed, form) -> None:  # type: ignore[no-untyped-def]
     h, W = draw(seed, 4, 5), draw(seed + 1, 60, 5).requires_grad_()
-    kl = reference_kl(h, W, Reference(draw(seed + 2, 4, 5), draw(seed + 3, 60, 5)), Rows(50, 56), form, 8, 3)
+    kl = reference_kl(h, W, Reference(draw(seed + 2, 4, 5), draw(seed + 3, 60, 5)), slice(50, 56), form, 8, 3)
     (dW,) = torch.autograd.grad(kl, W)
     assert not dW[50:56].any() and dW[:50].any() and dW[56:].any()
 
@@ -76,7 +75,7 @@ def test_sums_add_up_over_micro_batches(seed, cut) -> None:  # type: ignore[no-u
     h, W, h_ref, W_ref = (draw(seed + i, n, 5).double() for i, n in enumerate((10, 60, 10, 60)))
     rng = torch.Generator().manual_seed(seed)
     labels = [torch.randint(0, n, (10,), generator=rng) for n in (2, 3)] + [torch.rand(10, generator=rng) < 0.3]
-    objective = JointObjective(2, 3, Rows(50, 56), kl=2.0, chunk=4)
+    objective = JointObjective(2, 3, slice(50, 56), kl=2.0, chunk=4)
 
     def loss(rows: slice) -> float:
         mine = JointLabels(*(label[rows] for label in labels))

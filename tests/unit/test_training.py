@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.doubles import GRID, ROWS, World, tiny_checkpoint, tiny_model, tiny_tables, tiny_tokenizer
-from ziprc.config.base import Runtime
+from ziprc.config.base import Optimisation, Runtime
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import Head
 from ziprc.errors import UserError
@@ -37,16 +38,19 @@ from ziprc.store.manifest import write_sealed
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
+from ziprc.training import trainer
 from ziprc.training.data import RolloutData, prompt_fold, rollout_data, sequences_from_table
+from ziprc.training.objectives.base import Loss
 from ziprc.training.objectives.joint import ANY_REWARD
-from ziprc.training.optimizers import Muon, OptimizerSettings, make_optimizer, orthogonalised, schedule_factor
-from ziprc.training.order import MicroBatches, Plan, plan_by_count, plan_by_tokens
+from ziprc.training.optimizers import Muon, make_optimizer, orthogonalised, schedule_factor
+from ziprc.training.order import BatchOrder, MicroBatches, order_by_count, order_by_tokens
+from ziprc.training.resume import COMPLETE, OWNER, _digests, claim, forget_states, last_complete_state, state_folder
 from ziprc.training.scratch import build_tokenizer
-from ziprc.training.trainees import JointTrainee, SliceHead, freeze, joint_trainee, labelled
-from ziprc.training.trainer import COMPLETE, _digests, fit, last_complete_state
+from ziprc.training.trainees import JointTrainee, SliceHead, Trainee, freeze, joint_trainee, labelled
+from ziprc.training.trainer import fit
 
 HERE = Path(__file__)
-SETTINGS = OptimizerSettings("muon", 3e-3, 1e-3, warmup=0.25)
+SETTINGS = Optimisation(optimizer="muon", learning_rate=3e-3, adamw_learning_rate=1e-3, warmup=0.25)
 
 
 # --- tables to labels ---
@@ -81,7 +85,7 @@ def one_rollout(m: int, finish: str = "stop", **head: Any) -> dict[str, torch.Te
     data = rollout_data(
         rollouts_table([finish], [list(range(m))]),
         grades_table([(1.0, "graded")] if finish == "stop" else [(None, "unfinished")]),
-        Head(**{"max_length": 10**6, **head}), head_grid(),
+        Head(**{"max_length": 10**6, **head}), head_grid(), "train_joint",
     )  # fmt: skip
     return data.batch(np.array([0]))
 
@@ -118,19 +122,18 @@ def test_a_capped_rollout_is_censored_and_its_score_follows_the_config() -> None
     assert not one_rollout(300, "length", censored="as_observed")["censored"].any()
     assert (one_rollout(300, "length")["reward_bin"] == 0).all()
     assert (one_rollout(300, "length", unfinished="ignore")["reward_bin"] == ANY_REWARD).all()
-    with pytest.raises(UserError, match="'unfinished': 1"):
+    with pytest.raises(UserError, match=r"'unfinished': 1.*train_joint's thinking_only"):
         one_rollout(300, "length", unfinished="drop")
 
 
 def test_what_cannot_be_learned_from_is_left_out_and_counted() -> None:
     finish = ["stop", "abort", "stop", "length", "stop", "stop"]
     grades = [(1.0, "graded"), (None, "error"), (None, "unparseable"), (None, "unfinished"), (0.0, "graded")]
-    data = rollout_data(rollouts_table(finish, [[5]] * 6), grades_table(grades), Head(unfinished="drop"), head_grid())
+    table, labels = rollouts_table(finish, [[5]] * 6), grades_table(grades)
+    data = rollout_data(table, labels, Head(unfinished="drop"), head_grid(), "train_joint")
     assert data.sequences.names == ["r0", "r4"] and data.reward_bin.tolist() == [1, 0]
     assert data.dropped == {"without a label": 1, "aborted": 1, "ungraded": 1, "unfinished": 1}
-    thinking = rollout_data(
-        rollouts_table(finish, [[5]] * 6), grades_table(grades), Head(), head_grid(), thinking_only=True
-    )
+    thinking = rollout_data(table, labels, Head(), head_grid(), "train_joint", thinking_only=True)
     assert thinking.sequences.names == ["r0", "r4"]
 
 
@@ -138,7 +141,7 @@ def test_values_are_joined_by_rollout_and_not_by_row() -> None:
     values = [{"rollout_id": f"r{i}", "critic": "c", "fold": 0, "value": v} for i, v in ((2, 0.9), (0, 0.1), (1, 0.6))]
     data = rollout_data(
         rollouts_table(["stop", "stop", "length"], [[7], [8], [9]]), VALUES.make(values), Head(label="value"),
-        head_grid(),
+        head_grid(), "train_joint",
     )  # fmt: skip
     assert data.reward_bin.tolist() == [0, 1, 0]  # the capped one counts as zero
 
@@ -160,20 +163,22 @@ def test_a_fold_is_a_stable_share_of_prompts() -> None:
 
 def test_every_sequence_is_seen_once_per_epoch_in_steps_of_one_size() -> None:
     lengths = np.random.default_rng(0).integers(5, 100, 96)
-    plan = plan_by_count(lengths, 32, 8, 1, 2.0, -1, seed=3)
-    assert plan.steps == 6 and plan.slots == 4 and all(len(b) == 8 for b in plan.micro_batches)
-    first = np.concatenate(plan.micro_batches[: 3 * plan.slots])
+    order = order_by_count(lengths, 32, 8, 1, 2.0, -1, 3, "train_joint")
+    assert order.steps == 6 and order.slots == 4 and all(len(b) == 8 for b in order.micro_batches)
+    first = np.concatenate(order.micro_batches[: 3 * order.slots])
     assert sorted(first) == list(range(96))
-    assert not np.array_equal(first, np.concatenate(plan.micro_batches[3 * plan.slots :]))
+    assert not np.array_equal(first, np.concatenate(order.micro_batches[3 * order.slots :]))
 
 
 def test_a_step_holds_the_same_rollouts_on_any_number_of_devices() -> None:
     lengths = np.random.default_rng(0).integers(5, 100, 64)
-    one, four = (plan_by_count(lengths, 16, micro, world, 1.5, -1, seed=3) for micro, world in ((16, 1), (2, 4)))
+    one, four = (
+        order_by_count(lengths, 16, micro, world, 1.5, -1, 3, "train_joint") for micro, world in ((16, 1), (2, 4))
+    )
 
-    def steps(plan: Plan) -> list[list[int]]:
-        starts = range(0, len(plan.micro_batches), plan.slots)
-        return [sorted(np.concatenate(plan.micro_batches[i : i + plan.slots]).tolist()) for i in starts]
+    def steps(order: BatchOrder) -> list[list[int]]:
+        starts = range(0, len(order.micro_batches), order.slots)
+        return [sorted(np.concatenate(order.micro_batches[i : i + order.slots]).tolist()) for i in starts]
 
     assert (one.slots, four.slots) == (1, 8) and one.steps == four.steps == 6
     assert steps(one) == steps(four)
@@ -185,24 +190,24 @@ def test_a_step_holds_the_same_rollouts_on_any_number_of_devices() -> None:
 def test_no_micro_batch_is_empty_or_too_large_and_there_is_a_step(
     count: int, batch: int, micro: int, world: int
 ) -> None:
-    plan = plan_by_count(np.full(count, 9), batch, micro, world, 1.0, -1, seed=0)
-    assert plan.steps >= 1 and plan.slots % world == 0
-    assert all(1 <= len(b) <= micro for b in plan.micro_batches)
+    order = order_by_count(np.full(count, 9), batch, micro, world, 1.0, -1, 0, "train_joint")
+    assert order.steps >= 1 and order.slots % world == 0
+    assert all(1 <= len(b) <= micro for b in order.micro_batches)
 
 
 def test_max_steps_caps_the_plan_and_so_the_schedule_knows_it() -> None:
-    assert plan_by_count(np.full(100, 9), 10, 10, 1, 2.0, 5, seed=0).steps == 5
-    with pytest.raises(UserError, match="batch_size is 2, but 4 processes"):
-        plan_by_count(np.full(100, 9), 2, 1, 4, 2.0, -1, seed=0)
+    assert order_by_count(np.full(100, 9), 10, 10, 1, 2.0, 5, 0, "train_joint").steps == 5
+    with pytest.raises(UserError, match=r"batch_size is 2, but 4 processes .* Raise train_critic's batch_size"):
+        order_by_count(np.full(100, 9), 2, 1, 4, 2.0, -1, 0, "train_critic")
 
 
 def test_token_batches_are_near_their_budget_and_use_every_sequence_once() -> None:
     lengths = np.random.default_rng(0).integers(20, 120, 3000)
-    plan = plan_by_tokens(lengths, 2048, int(lengths.sum()), 1, seed=0)
-    tokens = np.array([lengths[b].sum() for b in plan.micro_batches])
-    assert sorted(np.concatenate(plan.micro_batches)) == list(range(3000))
+    order = order_by_tokens(lengths, 2048, int(lengths.sum()), 1, seed=0)
+    tokens = np.array([lengths[b].sum() for b in order.micro_batches])
+    assert sorted(np.concatenate(order.micro_batches)) == list(range(3000))
     assert 0.9 < tokens.mean() / 2048 < 1.1 and tokens.max() < 2048 * 1.3
-    padded = sum(len(b) * lengths[b].max() for b in plan.micro_batches)
+    padded = sum(len(b) * lengths[b].max() for b in order.micro_batches)
     assert padded < 1.12 * lengths.sum()
 
 
@@ -271,7 +276,9 @@ def tiny_joint() -> JointHead:
 def tiny_data(count: int = 24, censored: bool = True) -> RolloutData:
     rng = np.random.default_rng(0)
     table = rollouts_table(["stop"] * count, [rng.integers(0, 250, rng.integers(2, 30)).tolist() for _ in range(count)])
-    return rollout_data(table, grades_table([(float(i % 2), "graded") for i in range(count)]), Head(), GRID)
+    return rollout_data(
+        table, grades_table([(float(i % 2), "graded") for i in range(count)]), Head(), GRID, "train_joint"
+    )
 
 
 def tiny_run(
@@ -279,11 +286,11 @@ def tiny_run(
 ) -> Any:
     head = Head(kl=1.0, trainable=trainable, epochs=steps * 6 / 24, batch_size=6)
     data = tiny_data()
-    plan = plan_by_count(data.input_lengths(), 6, micro, world, head.epochs, -1, seed=0)
+    order = order_by_count(data.input_lengths(), 6, micro, world, head.epochs, -1, 0, "train_joint")
     reference = freeze(tiny_model(tiny_tokenizer())) if trainable == "all" else None
     trainee = joint_trainee(tiny_model(tiny_tokenizer()), tiny_joint(), head, 16, reference)
     runtime = Runtime(save_steps=save, position_chunk=16)
-    return trainee, fit(trainee, MicroBatches(data, plan), SETTINGS, runtime, folder, seed=1)
+    return trainee, fit(trainee, MicroBatches(data, order), SETTINGS, runtime, folder, 1, "train_joint")
 
 
 def weights(trainee: Any) -> dict[str, torch.Tensor]:
@@ -304,51 +311,73 @@ def test_the_step_does_not_depend_on_the_micro_batch(tmp_path: Path) -> None:
         assert torch.allclose(whole[name], parts[name], atol=2e-4), name
 
 
-KILLED_RUN = """
+SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}]
-from tests.unit.test_training import tiny_run
-from ziprc.training.trainer import Meter
+from ziprc.training.trainer import Shown
 count = 0
-add = Meter.add
-def counted(self, *args):
+add = Shown.add
+def counted(self, sums):
     global count
     count += 1
     if count == {micro_batches}:
         os.kill(os.getpid(), signal.{signal})
-    add(self, *args)
-Meter.add = counted
+    add(self, sums)
+Shown.add = counted
+"""
+TINY_RUN = """
+from tests.unit.test_training import tiny_run
 tiny_run(Path({folder!r}), save=2)
+"""
+BASE_STAGE = """
+from ziprc.stages import base, context
+micro = {root!r} + "/tests/workflow/micro.yaml"
+argv = ["--experiment", "micro", "--config-file", micro, "--name", "base", "--results", {folder!r}]
+context.run_stage("base", base.run, argv)
 """
 
 
-def start_and_kill(folder: Path, micro_batches: int, name: str) -> subprocess.CompletedProcess[str]:
-    code = KILLED_RUN.format(root=str(HERE.parents[2]), folder=str(folder), micro_batches=micro_batches, signal=name)
+def start_and_signal(what: str, folder: Path, micro_batches: int, name: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that gets a signal at its so many-th micro-batch."""
+    root = str(HERE.parents[2])
+    code = (SIGNALLED + what).format(root=root, folder=str(folder), micro_batches=micro_batches, signal=name)
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_run_that_was_ended_resumes_to_bit_identical_weights(tmp_path: Path, name: str) -> None:
     torch.set_num_threads(1)
     straight, _ = tiny_run(tmp_path / "straight" / "x")
-    folder = tmp_path / "killed" / "x"
-    ended = start_and_kill(folder, 2 * 5, name)  # two micro-batches per step: inside step 5 of 8
+    folder = tmp_path / "ended" / "x"
+    ended = start_and_signal(TINY_RUN, folder, 2 * 5, name)  # two micro-batches per step: inside step 5 of 8
     state = last_complete_state(folder)
     assert state is not None, ended.stderr
     if name == "SIGKILL":
         assert ended.returncode == -signal.SIGKILL and state.name == "checkpoint-4"
     else:
-        assert ended.returncode == 1 and "Stopped by SIGTERM after step 5 of 8" in ended.stderr
+        assert "Step 5 of 8 is done and the training state is saved" in ended.stderr
         assert state.name == "checkpoint-5"
     resumed, outcome = tiny_run(folder, save=2)
     assert outcome.steps == 8
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(resumed).values(), strict=True))
 
 
-def test_an_incomplete_state_is_not_resumed_and_a_stale_one_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_training_stage_ends_by_a_signal_with_one_sentence_and_its_exit_code(
+    tmp_path: Path, name: str, code: int
+) -> None:
+    ended = start_and_signal(BASE_STAGE, tmp_path, 3, name)
+    assert ended.returncode == code, ended.stderr
+    assert f"stage base (micro/base) was stopped by {name}. Step 3 of 20 is done" in ended.stderr
+    assert "Traceback" not in ended.stderr and "error" not in ended.stderr
+    assert list(tmp_path.glob("micro/checkpoints/.base.training/*/checkpoint-3/complete.json"))
+    assert not (tmp_path / "micro" / "checkpoints" / "base").exists()
+
+
+def test_an_incomplete_or_damaged_state_is_not_resumed(tmp_path: Path) -> None:
     folder = tmp_path / ".x.training" / "new"
     (folder / "checkpoint-6").mkdir(parents=True)
     (folder / "checkpoint-4").mkdir()
@@ -357,11 +386,76 @@ def test_an_incomplete_state_is_not_resumed_and_a_stale_one_is_removed(tmp_path:
     assert last_complete_state(folder) == folder / "checkpoint-4"
     (folder / "checkpoint-4" / "model.safetensors").write_bytes(b"weightz")
     assert last_complete_state(folder) is None
-    stale = folder.parent / "old" / "checkpoint-9"
-    stale.mkdir(parents=True)
-    (folder / "checkpoint-4" / COMPLETE).unlink()
-    tiny_run(folder, steps=1)
-    assert not stale.exists()
+
+
+def test_only_own_states_of_earlier_settings_are_removed(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    new, old = (state_folder(target, settings) for settings in ("new", "old"))
+    parent = new.parent
+    claim(old)
+    (old / "checkpoint-9").mkdir()
+    foreign, other = parent / "notes", parent / "other"
+    for folder in (foreign, other):
+        folder.mkdir()
+    (foreign / "text").write_text("mine")
+    write_sealed(other / OWNER, {"checkpoint": "y"})
+    tiny_run(new, steps=1)
+    assert not old.exists() and new.exists() and (foreign / "text").exists() and other.exists()
+    forget_states(target)
+    assert sorted(parent.iterdir()) == [foreign, other]
+    for folder in (foreign, other):
+        shutil.rmtree(folder)
+    forget_states(target)
+    assert not parent.exists()
+
+
+def test_what_is_shown_says_whose_run_it_is_how_far_and_how_well(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, outcome = tiny_run(tmp_path / ".ziprc.training" / "x")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "steps (" in line]
+    parts = " ".join(f"{name} {value:.4f}" for name, value in outcome.parts.items())
+    assert lines[-1].startswith("ziprc: 8/8 steps (") and f"left, {parts} lr " in lines[-1] and "ktok/s" in lines[-1]
+    assert sum("8/8" in line for line in lines) == 1
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Training data of another shape: each unit is two sequences, and there is one supervised position a pair."""
+
+    count: int
+
+    @property
+    def names(self) -> list[str]:
+        return [f"pair{i}" for i in range(self.count)]
+
+    def input_lengths(self) -> np.ndarray[Any, Any]:
+        return np.full(self.count, 8)
+
+    def batch(self, picked: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.concatenate([[np.arange(i, i + 4), np.arange(i + 9, i + 13)] for i in picked]))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "count": torch.tensor(len(picked))}
+
+
+class PairTrainee(Trainee):
+    """Wants the first of each pair to have the larger mean state."""
+
+    def loss(self, batch: Any) -> Loss:
+        means = self.model.base_model(input_ids=batch["input_ids"]).last_hidden_state.mean((1, 2))
+        total = torch.nn.functional.softplus(means[1::2] - means[::2]).sum()
+        return Loss(total, {"kept": total.detach() * 0 + len(means) / 2})
+
+
+def test_data_of_any_shape_can_be_trained_on_and_says_its_own_count(tmp_path: Path) -> None:
+    data = Pairs(12)
+    order = order_by_count(data.input_lengths(), 6, 2, 1, 10, -1, 0, "train_policy")
+    trainee = PairTrainee(tiny_model(tiny_tokenizer()))
+    model = trainee.model.base_model
+    with torch.no_grad():
+        before = float(trainee.loss(data.batch(np.arange(12))).total) / 12
+    outcome = fit(trainee, MicroBatches(data, order), SETTINGS, Runtime(), tmp_path / "a" / "x", 1, "train_policy")
+    assert model is trainee.model.base_model and outcome.steps == 20
+    assert outcome.parts["kept"] == 1 and outcome.parts["loss"] < before
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -375,26 +469,30 @@ def test_a_non_finite_step_is_not_taken_and_names_its_rollouts(tmp_path: Path, w
             model.get_parameter("model.norm.weight").register_hook(lambda g: g * torch.inf)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trainee = joint_trainee(model, tiny_joint(), Head(), 16, None)
-    plan = plan_by_count(data.input_lengths(), 6, 3, 1, 1.0, -1, seed=0)
+    order = order_by_count(data.input_lengths(), 6, 3, 1, 1.0, -1, 0, "train_joint")
     with pytest.raises(UserError, match=rf"The {what} is not finite at step 1 of 4.*r\d+, r\d+"):
-        fit(trainee, MicroBatches(data, plan), SETTINGS, Runtime(), tmp_path / "a" / "x", seed=1)
+        fit(trainee, MicroBatches(data, order), SETTINGS, Runtime(), tmp_path / "a" / "x", 1, "train_joint")
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
 
 
 DISTRIBUTED_RUN = """
-import sys
+import json, os, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}]
-import torch
 from safetensors.torch import save_file
 from tests.unit.test_training import tiny_run, weights
+from ziprc.training import trainer
+trainer.SECONDS_BETWEEN_READINGS = float("inf")
 trainee, outcome = tiny_run(Path({folder!r}) / "x" / "y", steps=3, world=2, save=2)
-import os
-save_file(weights(trainee), {folder!r} + "/rank" + os.environ["RANK"] + ".safetensors")
+rank = {folder!r} + "/rank" + os.environ["RANK"]
+save_file(weights(trainee), rank + ".safetensors")
+Path(rank + ".json").write_text(json.dumps(outcome.parts))
 """
 
 
-def test_two_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
+def test_two_processes_take_the_same_steps_as_one_and_report_the_loss_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "run.py"
     script.write_text(DISTRIBUTED_RUN.format(root=str(HERE.parents[2]), folder=str(tmp_path)))
     done = subprocess.run(
@@ -402,11 +500,30 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    alone = weights(tiny_run(tmp_path / "alone" / "x", steps=3)[0])
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_READINGS", float("inf"))  # one line, of all three steps
+    trainee, outcome = tiny_run(tmp_path / "alone" / "x", steps=3)
+    alone = weights(trainee)
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     for name in alone:
         assert torch.equal(first[name], second[name]), name
-        assert torch.allclose(first[name], alone[name], atol=2e-4), name  # sums in another order, through bfloat16
+        assert torch.allclose(first[name], alone[name], atol=2e-4), name  # sums in another order
+    for rank in (0, 1):
+        reported = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert reported == pytest.approx(dict(outcome.parts), rel=1e-4), "the share of one process"
+
+
+# --- settings ---
+
+
+def test_base_and_heads_share_the_settings_of_their_optimizer() -> None:
+    config = Config.model_validate({"base": {"optimizer": "adamw", "weight_decay": 0.1}})
+    assert isinstance(config.base, Optimisation) and isinstance(config.train_joint.noisy, Optimisation)
+    optimizer = make_optimizer(tiny_model(tiny_tokenizer()), config.base)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(config.base.learning_rate, 0.1)]
+    for given, expected in ((None, 3e-3), (1e-4, 1e-4)):
+        settings = Optimisation(optimizer="muon", learning_rate=3e-3, adamw_learning_rate=given)
+        optimizer = make_optimizer(tiny_model(tiny_tokenizer()), settings)
+        assert [g["lr"] for g in optimizer.param_groups] == [3e-3, expected]
 
 
 # --- models ---
@@ -431,14 +548,9 @@ def test_a_slice_only_head_leaves_every_text_logit_bit_identical(tmp_path: Path,
     assert isinstance(trainee, SliceHead) and [n for n, p in trainee.named_parameters() if p.requires_grad] == [
         "slice_weight"
     ]
-    plan = plan_by_count(data.input_lengths(), 6, 6, 1, 2.0, -1, seed=0)
+    order = order_by_count(data.input_lengths(), 6, 6, 1, 2.0, -1, 0, "train_joint")
     fit(
-        trainee,
-        MicroBatches(data, plan),
-        OptimizerSettings("adamw", 1e-2, 1e-2),
-        Runtime(),
-        tmp_path / "a" / "x",
-        seed=0,
+        trainee, MicroBatches(data, order), Optimisation(learning_rate=1e-2), Runtime(), tmp_path / "a" / "x", 0, "lite"
     )
     merged = trainee.merged()
     rows = tiny_joint().layout.joint_slice
@@ -460,8 +572,10 @@ def test_bf16_autocast_trains_float32_weights_and_says_where_it_is_emulated(
     trainee = joint_trainee(
         tiny_model(tiny_tokenizer()), tiny_joint(), Head(kl=1.0), 16, freeze(tiny_model(tiny_tokenizer()))
     )
-    plan = plan_by_count(data.input_lengths(), 6, 6, 1, 1.0, -1, seed=0)
-    outcome = fit(trainee, MicroBatches(data, plan), SETTINGS, Runtime(bf16=True), tmp_path / "a" / "x", seed=0)
+    order = order_by_count(data.input_lengths(), 6, 6, 1, 1.0, -1, 0, "train_joint")
+    outcome = fit(
+        trainee, MicroBatches(data, order), SETTINGS, Runtime(bf16=True), tmp_path / "a" / "x", 0, "train_joint"
+    )
     assert outcome.parts["loss"] < 10 and {p.dtype for p in trainee.parameters()} == {torch.float32}
     assert isinstance(trainee, JointTrainee)
     assert torch.cuda.is_available() or "without bf16 instructions" in capsys.readouterr().err

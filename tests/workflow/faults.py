@@ -294,12 +294,12 @@ def terminate(bench: Bench, rng: random.Random) -> None:
         running.signal_all(signal.SIGTERM)
         running.ends()
         bench.check_partial()
-        if "Stopped by SIGTERM after step" in running.log() if trains else not bench.manifest.exists():
+        if "the training state is saved" in running.log() if trains else not bench.manifest.exists():
             break
         bench.forget()  # it was done before the signal came
     log = bench.finish()
     if trains:
-        assert "Stopped by SIGTERM after step" in running.log() and "resuming from step" in log
+        assert "the training state is saved" in running.log() and "resuming from step" in log
     LEDGER.add("SIGTERM", bench.stage)
 
 

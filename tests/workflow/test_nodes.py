@@ -33,7 +33,7 @@ def looks(*args):
     assert not torch.distributed.is_initialized(), "they have not parted"
     save(*args)
 
-save, base.save_checkpoint, trainer._Steps.on_train_end = base.save_checkpoint, looks, late
+save, trainer.save_checkpoint, trainer.Shown.on_train_end = trainer.save_checkpoint, looks, late
 context.run_stage("base", base.run)
 """
 

@@ -23,6 +23,35 @@ class Sampling(Section):
     top_k: int = Field(0, ge=0, description="0 keeps every token")
 
 
+OptimizerName = Annotated[
+    Literal["adamw", "muon"],
+    Field(description="muon: for the hidden matrices, with AdamW for embeddings, output matrix and norms"),
+]
+LearningRate = Annotated[float, Field(gt=0, description="the highest of the run, per step")]
+AdamwRate = Annotated[
+    Annotated[float, Field(gt=0)] | None, Field(description="for what AdamW trains next to Muon; empty: the same")
+]
+Warmup = Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises to its highest")]
+Schedule = Annotated[Literal["cosine", "linear"], Field(description="how the rate falls to zero after warm-up")]
+
+
+class Optimisation(Section):
+    """How weights move: the optimizer, its rates and their schedule."""
+
+    optimizer: OptimizerName = "adamw"
+    learning_rate: LearningRate = 3e-5
+    adamw_learning_rate: AdamwRate = None
+    weight_decay: float = Field(
+        0.0, ge=0, description="share of a weight that a step takes away, times the learning rate"
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="share that AdamW's means of the gradient and of its square keep per step"
+    )
+    warmup: Warmup = 0.05
+    schedule: Schedule = "cosine"
+    max_grad_norm: float = Field(1.0, gt=0, description="a gradient with a larger 2-norm is scaled down to it")
+
+
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 

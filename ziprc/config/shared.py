@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ziprc.config.base import Sampling, Section
+from ziprc.config.base import AdamwRate, LearningRate, Optimisation, OptimizerName, Sampling, Schedule, Section, Warmup
 
 
 class Prompts(Section):
@@ -33,7 +33,7 @@ class Architecture(Section):
     merges: int = Field(40, description="byte-pair merges learned on the task's words")
 
 
-class Base(Section):
+class Base(Optimisation):
     """The policy to start from: a Hub id or local folder, or `scratch` to train one on the task's traces."""
 
     model: str = "scratch"
@@ -41,9 +41,11 @@ class Base(Section):
     architecture: Architecture = Architecture()
     tokens: int = Field(1_000_000, ge=1000, description="training tokens, prompts included")
     batch_tokens: int = Field(2048, ge=64)
-    learning_rate: float = Field(5e-3, gt=0)
-    adamw_learning_rate: float = Field(3e-3, gt=0, description="for embeddings and norms, next to Muon")
-    warmup: float = Field(0.02, ge=0, lt=1)
+    optimizer: OptimizerName = "muon"
+    learning_rate: LearningRate = 5e-3
+    adamw_learning_rate: AdamwRate = 3e-3
+    warmup: Warmup = 0.02
+    schedule: Schedule = "linear"
 
 
 class Rollouts(Section):

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ziprc.config.base import Increasing, Section, Unit
+from ziprc.config.base import Increasing, Optimisation, Section, Unit
 
 # What can run live on an engine, by the names of their tables.
 LIVE_POLICIES = ("zip-rc-plus", "zip-rc-plus-branching", "zip-rc-plus-wide", "zip-rc", "majority")
 
 
-class Head(Section):
+class Head(Optimisation):
     """One joint head: its label, its loss and its optimiser."""
 
     label: Literal["score", "value"] = "score"
@@ -30,32 +30,14 @@ class Head(Section):
     max_steps: int = Field(-1, ge=-1)
     batch_size: int = Field(128, ge=1, description="rollouts per optimiser step, over all devices")
     max_length: int = Field(32768, ge=2, description="inputs are cut here; labels come from the whole rollout")
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(3e-5, gt=0)
-    adamw_learning_rate: float | None = Field(
-        None, description="for embeddings and norms next to Muon; default: the same"
-    )
-    warmup: float = Field(0.05, ge=0, lt=1)
-    schedule: Literal["cosine", "linear"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
 
 
 class TrainJoint(Section):
     """The joint heads: `noisy` (intermediate, on scores), `ziprc` (final, on values), `lite` (only the reserved rows)."""
 
     length_edges: Annotated[tuple[int, ...], Field(min_length=3), Increasing] = (
-        0,
-        256,
-        512,
-        1024,
-        2048,
-        4096,
-        8192,
-        16384,
-        32768,
-    )
+        0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768,
+    )  # fmt: skip
     first_row: int | None = Field(None, description="first reserved row; empty: the first that no token uses")
     thinking_only: bool = False
     noisy: Head = Head()

@@ -11,7 +11,6 @@ import shutil
 from typing import Any
 
 from ziprc.errors import UserError
-from ziprc.joint.checkpoint import save_checkpoint
 from ziprc.joint.hub import MODEL_FILES, check_model, commit_of, local_model
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed, digest_file
@@ -19,20 +18,20 @@ from ziprc.store.files import atomic_folder
 from ziprc.store.layout import CHECKPOINT_MANIFEST
 from ziprc.store.manifest import write_sealed
 from ziprc.tasks.base import TeachingTask, get_task
-from ziprc.training.optimizers import OptimizerSettings
-from ziprc.training.order import MicroBatches, plan_by_tokens
+from ziprc.training.order import MicroBatches, order_by_tokens
+from ziprc.training.resume import world_size
 from ziprc.training.scratch import build_model, build_tokenizer, traces_for
 from ziprc.training.trainees import LanguageTrainee
-from ziprc.training.trainer import fit, forget_states, state_folder, world_size
+from ziprc.training.trainer import train
 
 SCRATCH = "scratch"
 
 
 def run(context: Context) -> str:
-    return train(context) if context.config.base.model == SCRATCH else fetch(context)
+    return from_scratch(context) if context.config.base.model == SCRATCH else fetch(context)
 
 
-def train(context: Context) -> str:
+def from_scratch(context: Context) -> str:
     """Train the small model on the task's traces; returns the closing line."""
     config, target = context.config, context.target
     settings, runtime, seed = config.base, config.runtime, derived_seed(config.seed, "base")
@@ -50,18 +49,14 @@ def train(context: Context) -> str:
     }
 
     tokenizer = build_tokenizer(task.vocabulary_corpus(), settings.architecture)
-    model = build_model(settings.architecture, tokenizer, seed)
     data = traces_for(settings.tokens, task, config.prompts.settings, tokenizer, seed)
-    plan = plan_by_tokens(data.sequences.lengths, settings.batch_tokens, settings.tokens, world_size(), seed)
-    optimizer = OptimizerSettings(
-        "muon", settings.learning_rate, settings.adamw_learning_rate, warmup=settings.warmup, schedule="linear"
-    )
-    trainee = LanguageTrainee(model)
-    outcome = fit(trainee, MicroBatches(data, plan), optimizer, runtime, state_folder(target, record), seed)
-    if is_main_process():
-        save_checkpoint(target, trainee.merged(), tokenizer, record)
-        forget_states(target)
-    return f"trained a base model on {len(data.sequences)} traces, {outcome.text()}, wrote {target}"
+    order = order_by_tokens(data.sequences.lengths, settings.batch_tokens, settings.tokens, world_size(), seed)
+
+    def fresh() -> LanguageTrainee:
+        return LanguageTrainee(build_model(settings.architecture, tokenizer, seed))
+
+    done = train(target, record, fresh(), fresh, MicroBatches(data, order), settings, runtime, "base", tokenizer)
+    return f"trained a base model on {len(data.sequences)} traces, {done}"
 
 
 def fetch(context: Context) -> str:

@@ -4,8 +4,8 @@ A stage is started as `accelerate launch -m ziprc.stages.<stage> --experiment to
 reads and writes where its declaration says (ziprc/systems/). Before anything is computed, its inputs are compared with
 their digests, and an artifact that the same recipe has made already is left as it is. One process at a time writes an
 artifact. On success the stage prints one line that says what was written where; a `UserError` ends it with one paragraph
-and exit code 2, SIGTERM (a preemption, say) with one sentence and exit code 143. Whatever ends it, the same command goes on
-from there.
+and exit code 2, SIGTERM (a preemption, say) with one sentence and exit code 143, Ctrl-C with 130. Whatever ends it, the same
+command goes on from there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from ziprc.config.load import Config, load
-from ziprc.errors import UserError
+from ziprc.errors import Stopped, UserError
 from ziprc.plan.graph import Graph
 from ziprc.plan.provenance import Clock, is_current, recipe_of, write_record
 from ziprc.plan.stage import Ref
@@ -36,7 +36,7 @@ from ziprc.tables.check import TableSchema
 from ziprc.tables.prompts import PROMPTS, check_disjoint
 
 EXIT_USER_ERROR = 2
-EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_SIGNAL = 128  # and the number of the signal
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -86,10 +86,6 @@ class Context:
 
 
 Run = Callable[[Context], str]
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived. No Exception, so that nothing on the way takes it for a failure of its own."""
 
 
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,26 +164,27 @@ def run_stage(stage: str, run: Run, argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     what = f"{stage} ({options.experiment}/{options.name})"
     _end_with_launcher()
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_stopped)
     try:
         line = perform(run, context_of(options, stage))
     except UserError as error:
         print(f"error in stage {what}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
-    except Terminated:
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
         print(
-            f"stage {what} was stopped by SIGTERM. Nothing is half-written; finished pieces are kept. Run the same "
-            "command again to go on.",
+            f"stage {what} was stopped by {name}. {stopped.kept} Run the same command again to go on.",
             file=sys.stderr,
             flush=True,
         )
-        sys.exit(EXIT_TERMINATED)
+        sys.exit(EXIT_SIGNAL + stopped.number)
     if is_main_process():
         print(f"{stage}: {line}", flush=True)
 
 
-def _raise_terminated(number: int, frame: Any) -> None:
-    raise Terminated
+def _raise_stopped(number: int, frame: Any) -> None:
+    raise Stopped(number)
 
 
 def _end_with_launcher() -> None:

@@ -9,10 +9,10 @@ import sys
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_manifest, save_checkpoint
+from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_manifest
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed
@@ -22,10 +22,10 @@ from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
 from ziprc.training.data import RolloutData, prompt_fold, rollout_data
-from ziprc.training.optimizers import OptimizerSettings
-from ziprc.training.order import MicroBatches, plan_by_count
-from ziprc.training.trainees import freeze, joint_objective, joint_trainee
-from ziprc.training.trainer import fit, forget_states, state_folder, world_size
+from ziprc.training.order import MicroBatches, order_by_count
+from ziprc.training.resume import world_size
+from ziprc.training.trainees import Trainee, freeze, has_kl, joint_trainee
+from ziprc.training.trainer import train
 
 
 def outside_fold(rollouts: pa.Table, fold: tuple[int, int] | None) -> pa.Table:
@@ -44,35 +44,25 @@ def run(context: Context) -> str:
     seed = derived_seed(config.seed, "train_joint", name)
 
     tokenizer, model = load_tokenizer(base), load_model(base)
-    model.set_attn_implementation(runtime.attention)
-    if runtime.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     grid = BinGrid(head.reward_centres, section.length_edges)
     rows = model.get_output_embeddings().weight.shape[0]
     joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
 
     rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), of.fold)
-    data = rollout_data(
-        rollouts, {"grades": GRADES, "values": VALUES}[labels].read(sources[labels]), head, grid, section.thinking_only
-    )
-    plan = plan_by_count(
-        data.input_lengths(),
-        head.batch_size,
-        runtime.rollouts_per_device,
-        world_size(),
-        head.epochs,
-        head.max_steps,
-        seed,
-    )
+    answers = {"grades": GRADES, "values": VALUES}[labels].read(sources[labels])
+    data = rollout_data(rollouts, answers, head, grid, "train_joint", section.thinking_only)
+    order = order_by_count(
+        data.input_lengths(), head.batch_size, runtime.rollouts_per_device, world_size(), head.epochs, head.max_steps,
+        seed, "train_joint",
+    )  # fmt: skip
     reference = None
-    if joint_objective(head, joint, runtime.position_chunk).kl > 0:
+    if has_kl(head):
         half = runtime.bf16 and torch.cuda.is_available()
         reference = freeze(load_model(base, torch.bfloat16 if half else torch.float32))
-    trainee = joint_trainee(model, joint, head, runtime.position_chunk, reference)
-    settings = OptimizerSettings(
-        head.optimizer, head.learning_rate, head.adamw_learning_rate or head.learning_rate, head.weight_decay,
-        head.betas, head.warmup, head.schedule, head.max_grad_norm,
-    )  # fmt: skip
+
+    def trainee(model: PreTrainedModel) -> Trainee:
+        return joint_trainee(model, joint, head, runtime.position_chunk, reference)
+
     record = {
         "objective": "joint",
         "params": context.params,
@@ -80,17 +70,12 @@ def run(context: Context) -> str:
         "parents": manifest_digests(sources),
         "seed": seed,
     }
-
     announce(name, data)
-    outcome = fit(trainee, MicroBatches(data, plan), settings, runtime, state_folder(target, record), seed)
-    if is_main_process():
-        if outcome.gathered is not None:
-            trainee = joint_trainee(load_model(base), joint, head, runtime.position_chunk, reference)
-            trainee.load_state_dict(outcome.gathered, strict=False)
-        finished = trainee.merged().to(dtype=AutoConfig.from_pretrained(base).dtype or torch.float32)
-        save_checkpoint(target, finished, tokenizer, record, joint)
-        forget_states(target)
-    return f"{name} trained on {len(data.sequences)} rollouts, {outcome.text()}, wrote {target}"
+    done = train(
+        target, record, trainee(model), lambda: trainee(load_model(base)), MicroBatches(data, order), head, runtime,
+        "train_joint", tokenizer, joint, AutoConfig.from_pretrained(base).dtype or torch.float32,
+    )  # fmt: skip
+    return f"{name} trained on {len(data.sequences)} rollouts, {done}"
 
 
 def announce(name: str, data: RolloutData) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,27 @@ from ziprc.store.digests import derived_seed
 from ziprc.tables.grades import GradeStatus
 from ziprc.tables.rollouts import FinishReason
 from ziprc.training.objectives.joint import ANY_REWARD
+
+
+class TrainingData(Protocol):
+    """What can be trained on: units (a rollout, a pair, a pack of several), known by their number."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the units are called in error messages."""
+        ...
+
+    def input_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each unit that go through the model."""
+        ...
+
+    def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """The picked units as what the trainee's `forward` takes, padded.
+
+        Besides, `attention_mask` says what is no padding, and `count`, a scalar, how many supervised positions there are:
+        the sums of the loss are divided by the count of the global batch.
+        """
+        ...
 
 
 def prompt_fold(prompt_id: str, folds: int) -> int:
@@ -99,6 +120,10 @@ class TextData:
     sequences: Sequences
     pad_id: int
 
+    @property
+    def names(self) -> Sequence[str]:
+        return self.sequences.names
+
     def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         own = self.sequences
         inputs = own.lengths[picked] - 1
@@ -110,6 +135,7 @@ class TextData:
         return batch | {
             "positions": torch.from_numpy(np.repeat(np.arange(len(picked)), counts) * int(inputs.max()) + columns),
             "targets": torch.from_numpy(targets),
+            "count": torch.tensor(len(targets)),
         }
 
     def input_lengths(self) -> NDArray[np.int64]:
@@ -129,6 +155,10 @@ class RolloutData:
     pad_id: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def names(self) -> Sequence[str]:
+        return self.sequences.names
+
     def input_lengths(self) -> NDArray[np.int64]:
         """The last token is not an input: no state after it is labelled."""
         return np.minimum(self.sequences.lengths - 1, self.max_length)
@@ -146,17 +176,18 @@ class RolloutData:
             "reward_bin": torch.from_numpy(np.repeat(self.reward_bin[picked], counts)),
             "length_bin": torch.from_numpy(self.grid.length_bin(remaining)),
             "censored": torch.from_numpy(np.repeat(self.censored[picked], counts)),
+            "count": torch.tensor(counts.sum()),
         }
 
 
 def rollout_data(
-    rollouts: pa.Table, labels: pa.Table, head: Head, grid: BinGrid, thinking_only: bool = False, pad_id: int = 0
+    rollouts: pa.Table, labels: pa.Table, head: Head, grid: BinGrid, section: str, thinking_only: bool = False
 ) -> RolloutData:
     """Join rollouts with grades (label=score) or values (label=value) and say what each rollout teaches.
 
     Left out and counted: rollouts without a label, aborted ones, ungraded ones, those without thinking when only
     thinking is wanted, those whose prompt alone fills `max_length`, and capped ones when `unfinished` is drop.
-    Raises UserError when nothing is left.
+    Raises UserError, which names the section of the configuration, when nothing is left.
     """
     row = pc.index_in(rollouts["rollout_id"], value_set=labels["rollout_id"].combine_chunks())
     labelled = row.is_valid().to_numpy()
@@ -188,14 +219,14 @@ def rollout_data(
     if not kept.any():
         raise UserError(
             f"No rollout is left to train on: of {len(rollouts)}, left out {counted or 'none'}. Check "
-            "train_joint.thinking_only, unfinished and max_length, and the grades."
+            f"{section}'s thinking_only, unfinished and max_length, and the grades."
         )
     reward = grid.reward_bin(np.where(unfinished & (head.unfinished != "drop"), 0.0, label)[kept])
     if head.unfinished == "ignore":
         reward = np.where(unfinished[kept], ANY_REWARD, reward)
     censored = capped[kept] & (head.censored == "survival")
     sequences = sequences_from_table(rollouts.filter(pa.array(kept)))
-    return RolloutData(sequences, reward, censored, grid, head.max_length, head.legacy_off_by_one, pad_id, counted)
+    return RolloutData(sequences, reward, censored, grid, head.max_length, head.legacy_off_by_one, dropped=counted)
 
 
 def _taken(column: pa.ChunkedArray, row: NDArray[np.int64]) -> NDArray[Any]:

@@ -13,29 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from ziprc.config.base import Optimisation
+
 MUON = "muon"
 ADAMW = "adamw"
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """The science of one optimizer; learning rates are peaks."""
-
-    kind: Literal["adamw", "muon"]
-    learning_rate: float
-    adamw_learning_rate: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: float = 0.0
-    schedule: Literal["cosine", "linear"] = "cosine"
-    max_grad_norm: float = 1.0
 
 
 class Muon(torch.optim.Muon):
@@ -74,12 +61,12 @@ class MuonWithAdamW(Optimizer):
     """Each parameter group names its rule under `rule`; the two inner optimizers share this one's groups and state."""
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], settings: OptimizerSettings
+        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], settings: Optimisation
     ) -> None:
         decay = settings.weight_decay
         self._inner: Mapping[str, Optimizer] = {
             MUON: Muon(list(matrices), lr=settings.learning_rate, weight_decay=decay),
-            ADAMW: adamw(others, settings.adamw_learning_rate, settings),
+            ADAMW: adamw(others, settings.adamw_learning_rate or settings.learning_rate, settings),
         }
         groups = [{**group, "rule": rule} for rule, inner in self._inner.items() for group in inner.param_groups]
         super().__init__(groups, {})
@@ -94,25 +81,24 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, settings: OptimizerSettings) -> AdamW:
+def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, settings: Optimisation) -> AdamW:
     return AdamW(
         list(parameters), lr=learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
 
 
-def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """2-D, and neither an embedding nor the output matrix nor rows of it."""
-    return parameter.ndim == 2 and not any(word in name for word in ("embed", "lm_head", "slice_weight"))
+def make_optimizer(model: nn.Module, settings: Optimisation) -> Optimizer:
+    """The optimizer over every parameter of `model` that wants a gradient.
 
-
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """The optimizer over every parameter of `model` that wants a gradient."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if is_hidden_matrix(name, p)]
-    if settings.kind == ADAMW or not matrices:
-        learning_rate = settings.learning_rate if settings.kind == ADAMW else settings.adamw_learning_rate
-        return adamw((p for _, p in named), learning_rate, settings)
-    return MuonWithAdamW(matrices, (p for name, p in named if not is_hidden_matrix(name, p)), settings)
+    Muon takes what is 2-D and neither an embedding nor the output matrix nor rows of it.
+    """
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    outer = {n for n, p in wanted.items() if p.ndim != 2 or any(w in n for w in ("embed", "lm_head", "slice_weight"))}
+    if settings.optimizer == MUON and len(outer) < len(wanted):
+        matrices = [p for name, p in wanted.items() if name not in outer]
+        return MuonWithAdamW(matrices, [p for name, p in wanted.items() if name in outer], settings)
+    rate = settings.adamw_learning_rate if settings.optimizer == MUON else None
+    return adamw(wanted.values(), rate or settings.learning_rate, settings)
 
 
 def schedule_factor(step: int, steps: int, warmup: float, shape: str) -> float:
@@ -126,9 +112,3 @@ def schedule_factor(step: int, steps: int, warmup: float, shape: str) -> float:
         return (step + 1) / (warm + 1)
     progress = min(1.0, (step - warm) / max(1, steps - warm))
     return 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
-
-
-def make_schedule(optimizer: Any, steps: int, settings: OptimizerSettings) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule_factor(step, steps, settings.warmup, settings.schedule)
-    )

@@ -8,7 +8,7 @@ tokens; the rest is room for the joint head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -68,25 +68,21 @@ def build_model(architecture: Architecture, tokenizer: PreTrainedTokenizerFast, 
     return model
 
 
-def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of many texts, nothing added."""
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], thinking: bool) -> str:
-    """The templated prompt as text; encoding it gives the ids of `chat.prompt_token_ids`."""
-    return tokenizer.apply_chat_template(
-        [dict(m) for m in messages], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
-    )
-
-
 def text_data(
     tokenizer: PreTrainedTokenizerFast, task: TeachingTask, settings: Mapping[str, Any], count: int, seed: int
 ) -> TextData:
-    """`count` traces of the task as training sequences: prompt, response, stop token."""
+    """`count` traces of the task as training sequences: prompt (the ids of `chat.prompt_token_ids`), response, stop token."""
     pairs = list(task.traces(settings, count, seed))
-    prompts = encode_plain(tokenizer, [prompt_text(tokenizer, p.messages, t.thinking) for p, t in pairs])
-    responses = encode_plain(tokenizer, [t.response + STOP for _, t in pairs])
+    asked = [
+        tokenizer.apply_chat_template(
+            [dict(m) for m in p.messages], add_generation_prompt=True, tokenize=False, enable_thinking=t.thinking
+        )
+        for p, t in pairs
+    ]
+    prompts, responses = (
+        tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for texts in (asked, [t.response + STOP for _, t in pairs])
+    )
     return TextData(sequences_from_lists([p.prompt_id for p, _ in pairs], prompts, responses), tokenizer.pad_token_id)
 
 

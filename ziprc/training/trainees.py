@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ziprc.config.zip_rc import Head
 from ziprc.joint.checkpoint import JointHead
 from ziprc.training.objectives.base import Loss
-from ziprc.training.objectives.joint import JointBundle, JointLabels, JointObjective, KLForm, Reference, Rows
+from ziprc.training.objectives.joint import JointBundle, JointLabels, JointObjective, KLForm, Reference
 from ziprc.training.objectives.language import LanguageObjective, TokenBundle
 
 Batch = Mapping[str, Tensor]
@@ -131,21 +131,21 @@ def labels_of(batch: Batch) -> JointLabels:
     return JointLabels(batch["reward_bin"], batch["length_bin"], batch["censored"])
 
 
-def joint_objective(head: Head, joint: JointHead, chunk: int) -> JointObjective:
-    """The objective that a head's settings ask for. A slice-only head cannot move the text, so it needs no KL."""
-    rows = Rows(joint.layout.joint_start, joint.layout.joint_stop)
-    kl = head.kl if head.trainable == "all" else 0.0
-    return JointObjective(joint.grid.R, joint.grid.L, rows, kl, KLForm(head.kl_form), head.kl_top_k, chunk)
+def has_kl(head: Head) -> bool:
+    """Whether a head is held to a reference. One that moves only its own rows cannot move the text, so it needs none."""
+    return head.kl > 0 and head.trainable == "all"
 
 
 def joint_trainee(
     model: PreTrainedModel, joint: JointHead, head: Head, chunk: int, reference: PreTrainedModel | None
 ) -> Trainee:
-    """The module that `head.trainable` asks for; `reference` is required exactly when its objective has a KL."""
-    objective = joint_objective(head, joint, chunk)
+    """The module that `head.trainable` asks for; `reference` is required exactly when `has_kl`."""
+    grid, kl = joint.grid, head.kl if has_kl(head) else 0.0
+    form = KLForm(head.kl_form)
+    objective = JointObjective(grid.R, grid.L, joint.layout.joint_slice, kl, form, head.kl_top_k, chunk)
     if head.trainable == "slice":
         return SliceHead(model, joint, objective)
-    assert (reference is not None) == (objective.kl > 0), "a reference is loaded exactly when there is a KL"
+    assert (reference is not None) == has_kl(head), "a reference is loaded exactly when there is a KL"
     return JointTrainee(model, joint, objective, reference)
 
 

@@ -1,13 +1,16 @@
-"""The one trainer of the project: `transformers.Trainer` with our loss, order of data, optimizer and resume.
+"""The one trainer of the project: `train` takes a trainee, data and their order, and leaves a checkpoint.
 
-What the Trainer gives: devices, DDP and FSDP through accelerate, accumulation, mixed precision, trackers, the format of
-training states. What is ours, each in a few lines below:
+It is `transformers.Trainer` with our loss, order of data, optimizer and resume. What the Trainer gives: devices, DDP and
+FSDP through accelerate, accumulation, mixed precision, trackers, the format of training states. What is ours, each in a
+few lines below:
 
-* the loss is a sum divided by the labelled positions of the *global* batch, over accumulation and devices;
-* the order of data is fixed beforehand (`order.Plan`) and read in sequence, so a resumed run is bit-identical;
+* the loss is a sum divided by the supervised positions of the *global* batch, over accumulation and devices;
+* the order of data is fixed beforehand (`order.BatchOrder`) and read in sequence, so a resumed run is bit-identical;
 * warm-up from the first step, and a schedule that knows the number of steps;
 * a non-finite loss or gradient stops before the step and names the rollouts;
-* a training state counts only once it is complete; only the last one is kept; SIGTERM saves one and leaves.
+* a training state counts only once it is complete, and only the last one is kept (`resume`); SIGTERM and Ctrl-C save one
+  and leave;
+* what is shown are means over all processes since the line before.
 
 Weights are float32; `bf16` means autocast. Under `accelerate launch` it uses as many processes as it is given.
 """
@@ -15,12 +18,12 @@ Weights are float32; `bf16` means autocast. Under `accelerate launch` it uses as
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,21 +33,21 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ziprc.config.base import Runtime
-from ziprc.errors import UserError
+from ziprc.config.base import Optimisation, Runtime
+from ziprc.errors import Stopped, UserError
+from ziprc.joint.checkpoint import JointHead, save_checkpoint
 from ziprc.processor import native_bfloat16
-from ziprc.store.digests import digest_file, digest_json
-from ziprc.store.files import sync_file
-from ziprc.store.manifest import read_sealed, write_sealed
-from ziprc.training.optimizers import OptimizerSettings, make_optimizer, make_schedule
-from ziprc.training.order import MicroBatches, only_item
+from ziprc.progress import progress
+from ziprc.training import resume
+from ziprc.training.optimizers import make_optimizer, schedule_factor
+from ziprc.training.order import MicroBatches
 from ziprc.training.trainees import Trainee
 
-COMPLETE = "complete.json"  # of a training state, written last: its files and their digests
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_READINGS = 1.0  # at least: reading the loss waits for the device
 
 
 @dataclass(frozen=True)
@@ -63,81 +66,61 @@ class Outcome:
         return f"{self.steps} steps, final {parts or 'loss unknown'}"
 
 
-def world_size() -> int:
-    """Processes of this launch."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def train(
+    target: Path, record: Mapping[str, Any], trainee: Trainee, fresh: Callable[[], Trainee], batches: MicroBatches,
+    optimisation: Optimisation, runtime: Runtime, section: str, tokenizer: PreTrainedTokenizerBase,
+    joint: JointHead | None = None, dtype: torch.dtype = torch.float32,
+) -> str:  # fmt: skip
+    """Train to the end of the order and save the checkpoint `target` in `dtype`; how it went, for the closing line.
 
-
-def state_folder(target: Path, identity: Any) -> Path:
-    """Where training states of `target` are kept: beside it, by a digest of everything that determines the run."""
-    return target.parent / f".{target.name}.training" / digest_json([identity, world_size()])[:16]
-
-
-def run_name(folder: Path) -> str:
-    """The checkpoint's name, from `.<name>.training/<digest>`."""
-    return folder.parent.name.removeprefix(".").removesuffix(".training")
-
-
-def last_complete_state(folder: Path) -> Path | None:
-    """The newest training state that was written to its end and is intact."""
-    found = [p for p in folder.glob("checkpoint-*") if _is_complete(p)]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
-def _is_complete(state: Path) -> bool:
-    """Whether the marker is there and every file is what it says; a damaged state is named and left out."""
-    marker = state / COMPLETE
-    if not marker.exists():
-        return False
-    with contextlib.suppress(UserError):
-        if read_sealed(marker)["files"] == _digests(state):
-            return True
-    print(f"{state} is damaged and is not resumed from", file=sys.stderr, flush=True)
-    return False
-
-
-def _digests(state: Path) -> dict[str, str]:
-    return {p.name: digest_file(p) for p in sorted(state.iterdir()) if p.is_file() and p.name != COMPLETE}
+    `record` is what the checkpoint's manifest will say: objective, params, base, parents and the seed that is used here.
+    `fresh` makes the untrained trainee once more, to take up the weights that FSDP leaves in shards. `section` is the
+    one of the configuration that errors name. Raises what `fit` raises.
+    """
+    trainee.model.set_attn_implementation(runtime.attention)
+    if runtime.gradient_checkpointing:
+        trainee.model.gradient_checkpointing_enable({"use_reentrant": False})
+    outcome = fit(trainee, batches, optimisation, runtime, resume.state_folder(target, record), record["seed"], section)
+    if os.environ.get("RANK", "0") == "0":
+        if outcome.gathered is not None:
+            trainee = fresh()
+            trainee.load_state_dict(outcome.gathered, strict=False)
+        save_checkpoint(target, trainee.merged().to(dtype), tokenizer, record, joint)
+        resume.forget_states(target)
+    return f"{outcome.text()}, wrote {target}"
 
 
 def fit(
-    trainee: Trainee, data: MicroBatches, settings: OptimizerSettings, runtime: Runtime, folder: Path, seed: int
-) -> Outcome:
-    """Train to the end of the plan, resuming from `folder` if a state is there; sibling (stale) states are removed.
+    trainee: Trainee, batches: MicroBatches, optimisation: Optimisation, runtime: Runtime, folder: Path, seed: int,
+    section: str,
+) -> Outcome:  # fmt: skip
+    """Train to the end of the order, going on from the last training state in `folder` if there is one.
 
     Several processes come out of it together, and have parted: none can talk to another afterwards.
 
-    Raises UserError for a non-finite loss or gradient, and after SIGTERM (the state is saved; run again to resume).
+    Raises UserError for a non-finite loss or gradient, and Stopped after SIGTERM or Ctrl-C, when the state is saved.
     """
-    trainer = ZipTrainer(trainee, data, settings, runtime, folder, seed)
+    trainer = ZipTrainer(trainee, batches, optimisation, runtime, folder, seed, section)
+    steps = batches.order.steps
     if trainer.is_world_process_zero():
-        for stale in folder.parent.glob("*"):
-            if stale != folder:
-                shutil.rmtree(stale, ignore_errors=True)
-    state = last_complete_state(folder)
+        resume.claim(folder)
+    state = resume.last_complete_state(folder)
     if state is not None and trainer.is_world_process_zero():
-        print(f"resuming from step {state.name.rpartition('-')[2]} of {data.plan.steps}", file=sys.stderr, flush=True)
-    with trainer.sigterm_noted():
+        print(f"resuming from step {state.name.rpartition('-')[2]} of {steps}", file=sys.stderr, flush=True)
+    with trainer.signals_noted():
         trainer.train(resume_from_checkpoint=str(state) if state else None)
-    if trainer.state.global_step < data.plan.steps:
-        raise UserError(
-            f"Stopped by SIGTERM after step {trainer.state.global_step} of {data.plan.steps}; the state is saved. "
-            "Run the same command again to go on from there."
-        )
+    if trainer.state.global_step < steps:
+        kept = f"Step {trainer.state.global_step} of {steps} is done and the training state is saved."
+        raise Stopped(trainer.stopped_by, kept)
     gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.args.world_size > 1:  # nobody may end, or remove the states, while another process is still in train()
         trainer.accelerator.wait_for_everyone()
         torch.distributed.destroy_process_group()
-    return Outcome(trainer.state.global_step, trainer.meter.means, gathered)
-
-
-def forget_states(target: Path) -> None:
-    """Remove the training states of a finished checkpoint."""
-    shutil.rmtree(target.parent / f".{target.name}.training", ignore_errors=True)
+    return Outcome(trainer.state.global_step, trainer.shown.means, gathered)
 
 
 def training_arguments(
-    data: MicroBatches, settings: OptimizerSettings, runtime: Runtime, folder: Path, seed: int
+    batches: MicroBatches, optimisation: Optimisation, runtime: Runtime, folder: Path, seed: int
 ) -> TrainingArguments:
     """The Trainer's own settings. One item of the data set is one micro-batch, hence the batch size of 1."""
     on_gpu = torch.cuda.is_available()
@@ -146,9 +129,9 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=data.plan.slots // world_size(),
-        max_steps=data.plan.steps,
-        max_grad_norm=settings.max_grad_norm,
+        gradient_accumulation_steps=batches.order.slots // resume.world_size(),
+        max_steps=batches.order.steps,
+        max_grad_norm=optimisation.max_grad_norm,
         bf16=runtime.bf16,
         use_cpu=not on_gpu,
         save_strategy="steps",
@@ -156,12 +139,12 @@ def training_arguments(
         logging_strategy="no",
         logging_nan_inf_filter=False,
         report_to=list(runtime.trackers) or "none",
-        run_name=run_name(folder),
+        run_name=resume.run_name(folder),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         ddp_find_unused_parameters=False,
-        ddp_backend=None if on_gpu or world_size() == 1 else "gloo",
+        ddp_backend=None if on_gpu or resume.world_size() == 1 else "gloo",
         seed=seed % 2**32,
     )
 
@@ -170,30 +153,26 @@ class ZipTrainer(transformers.Trainer):
     """See the head of this file."""
 
     def __init__(
-        self,
-        trainee: Trainee,
-        data: MicroBatches,
-        settings: OptimizerSettings,
-        runtime: Runtime,
-        folder: Path,
-        seed: int,
-    ) -> None:
-        args = training_arguments(data, settings, runtime, folder, seed)
+        self, trainee: Trainee, batches: MicroBatches, optimisation: Optimisation, runtime: Runtime, folder: Path,
+        seed: int, section: str,
+    ) -> None:  # fmt: skip
+        args = training_arguments(batches, optimisation, runtime, folder, seed)
         _ = args.device
         args._n_gpu = min(args.n_gpu, 1)  # one process, one device: never torch's DataParallel
-        super().__init__(trainee, args, data_collator=only_item, train_dataset=data)
-        if settings.kind == "muon" and self.is_fsdp_enabled:
+        super().__init__(trainee, args, data_collator=operator.itemgetter(0), train_dataset=batches)
+        if optimisation.optimizer == "muon" and self.is_fsdp_enabled:
             raise UserError(
-                "Muon needs whole matrices and cannot train sharded ones. Set train_joint's optimizer to adamw, or use "
-                "a launch profile without FSDP (runtime.accelerate)."
+                f"Muon needs whole matrices and cannot train sharded ones. Set {section}'s optimizer to adamw, or use a "
+                "launch profile without FSDP (runtime.accelerate)."
             )
         self.loss_is_scaled_for_ga = True
-        self.settings = settings
-        self.meter = Meter(data.plan.steps, run_name(folder))
+        self.optimisation = optimisation
+        self.shown = Shown(self)
+        self.stopped_by = 0  # the signal on which all processes stop
+        self._signal = 0  # the first that this one has had
         self._step_names: list[int] = []
-        self._stop_requested = False
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Steps(self))
+        self.add_callback(self.shown)
 
     # --- data, optimizer, schedule ---
 
@@ -202,20 +181,23 @@ class ZipTrainer(transformers.Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(model or self.model, self.settings)
+            self.optimizer = make_optimizer(model or self.model, self.optimisation)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            self.lr_scheduler = make_schedule(optimizer or self.optimizer, num_training_steps, self.settings)
+            warmup, shape = self.optimisation.warmup, self.optimisation.schedule
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: schedule_factor(step, num_training_steps, warmup, shape)
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     # --- loss ---
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor:
-        """Labelled positions of the global batch."""
-        count = torch.tensor(sum(len(batch["positions"]) for batch in batch_samples), device=device)
+        """Supervised positions of the global batch."""
+        count = torch.tensor(sum(int(batch["count"]) for batch in batch_samples), device=device)
         self._step_names = [i for batch in batch_samples for i in batch["picked"].tolist()]
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -223,11 +205,11 @@ class ZipTrainer(transformers.Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         batch = dict(inputs)
-        picked = batch.pop("picked")
+        picked, count = batch.pop("picked"), batch.pop("count")
         sums = model(**batch)
         if not torch.isfinite(sums["loss"].detach()):
             self._refuse_step("loss", picked.tolist())
-        self.meter.add(sums, len(batch["positions"]), batch["attention_mask"])
+        self.shown.add({**sums, "count": count, "tokens": batch["attention_mask"].sum()})
         assert num_items_in_batch is not None
         return sums["loss"] * (self.args.world_size / num_items_in_batch)  # DDP and FSDP average over processes
 
@@ -239,11 +221,11 @@ class ZipTrainer(transformers.Trainer):
         return norm
 
     def _refuse_step(self, what: str, picked: list[int]) -> None:
-        names = self.train_dataset.names(picked)
+        names = [self.train_dataset.data.names[i] for i in picked]
         shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
         raise UserError(
             f"The {what} is not finite at step {self.state.global_step + 1} of {self.state.max_steps}; the step was "
-            f"not taken. The batch holds: {shown}. Lower the learning rate, or look at these rollouts."
+            f"not taken. The batch holds: {shown}. Lower the learning rate, or look at these."
         )
 
     # --- training states ---
@@ -263,108 +245,89 @@ class ZipTrainer(transformers.Trainer):
         save_file(distinct, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A state becomes valid with its marker; only then are older ones removed."""
+        """None after the last step: the finished model is about to be written."""
         if self.state.global_step >= self.state.max_steps:
-            return  # the finished model is about to be written
+            return
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        for path in folder.iterdir():
-            sync_file(path)
-        write_sealed(folder / COMPLETE, {"files": _digests(folder)})
-        for other in folder.parent.glob("checkpoint-*"):
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        if self.is_world_process_zero():
+            resume.complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing: the only missing keys are tied matrices, stored once."""
 
+    # --- signals ---
+
     @contextlib.contextmanager
-    def sigterm_noted(self) -> Iterator[None]:
-        """While open, SIGTERM asks for a saved state after the step in progress."""
+    def signals_noted(self) -> Iterator[None]:
+        """While open, SIGTERM and Ctrl-C ask for a saved state after the step in progress."""
 
         def note(number: int, frame: Any) -> None:
-            self._stop_requested = True
+            self._signal = self._signal or number
 
-        before = signal.signal(signal.SIGTERM, note)
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def stop_requested(self) -> bool:
-        """Whether any process was asked to stop; all of them answer alike."""
-        if self.args.world_size == 1:
-            return self._stop_requested
-        flag = torch.tensor(int(self._stop_requested), device=self.args.device)
-        return bool(self.accelerator.gather(flag).any())
+    def agree(self, due: bool) -> bool:
+        """Let all processes know of a signal that one has had, and whether one of them wants a line."""
+        self.stopped_by = self._signal
+        if self.args.world_size > 1:
+            flags = torch.tensor([[self._signal, int(due)]], device=self.args.device)
+            self.stopped_by, due = self.accelerator.gather(flags).amax(0).tolist()
+        return bool(due)
 
 
-class _Steps(TrainerCallback):
-    """After each step: a line now and then, and the wish to stop."""
+class Shown(TrainerCallback):
+    """What is seen of a run: a bar (plain lines where there is no terminal) and the trackers."""
 
     def __init__(self, trainer: ZipTrainer) -> None:
         self.trainer = trainer
+        self.sums: dict[str, Tensor] = {}  # since the last line, on this process
+        self.means: dict[str, float] = {}  # of the last line, over all processes
+        self.bar: tqdm[Any] | None = None  # of the main process
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Sums of one micro-batch: the loss's parts, `count` of positions and `tokens`. None is read yet."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.meter.begin(state.global_step)
+        self.since = time.monotonic()
+        if state.is_world_process_zero:
+            self.bar = progress(
+                state.max_steps, resume.run_name(Path(args.output_dir)), "steps", done=state.global_step
+            )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning_rate = self.trainer.optimizer.param_groups[0]["lr"]  # the schedule moves on before on_step_end
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if trainer.stop_requested():
+        wait = max(self.bar.mininterval, SECONDS_BETWEEN_READINGS) if self.bar is not None else float("inf")
+        due = self.trainer.agree(time.monotonic() - self.since >= wait)
+        if self.trainer.stopped_by:
             control.should_save = control.should_training_stop = True
-        last = state.global_step >= state.max_steps
-        if trainer.is_world_process_zero() and (last or trainer.meter.due()):
-            report = trainer.meter.report(state.global_step, self.learning_rate)
-            if trainer.args.report_to:
-                trainer.log(report)
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if due or last:
+            self.read(state.global_step, last)
 
-
-class Meter:
-    """Sums of the loss's parts and tokens on this process since the last line; none is read in between."""
-
-    def __init__(self, steps: int, name: str) -> None:
-        self.steps, self.name = steps, name
-        self.means: dict[str, float] = {}
-        self.begin(0)
-
-    def begin(self, step: int) -> None:
-        self.started = self.last_line = time.monotonic()
-        self.first_step = step
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.positions = 0
-        self.tokens: Tensor | int = 0
-
-    def add(self, sums: Mapping[str, Tensor], positions: int, mask: Tensor) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-        self.positions += positions
-        self.tokens = self.tokens + mask.sum()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES
-
-    def report(self, step: int, learning_rate: float) -> dict[str, float]:
-        """Print a line, and return its numbers for trackers."""
-        now = time.monotonic()
-        self.means = {name: float(value) / max(1, self.positions) for name, value in self.sums.items()}
-        rate = int(self.tokens) / max(now - self.last_line, 1e-9)
-        left = (now - self.started) / max(1, step - self.first_step) * (self.steps - step)
+    def read(self, step: int, last: bool) -> None:
+        """Means over all processes since the last reading, to the bar and the trackers."""
+        totals = torch.stack([value.double() for value in self.sums.values()])
+        totals = self.trainer.accelerator.reduce(totals, "sum") if self.trainer.args.world_size > 1 else totals
+        own = dict(zip(self.sums, totals.tolist(), strict=True))
+        count, tokens, now = own.pop("count"), own.pop("tokens"), time.monotonic()
+        rate, self.since, self.sums = tokens / max(now - self.since, 1e-9), now, {}
+        self.means = {name: value / max(1, count) for name, value in own.items()}
+        if self.bar is None:
+            return
         parts = " ".join(f"{name} {value:.4f}" for name, value in self.means.items())
-        print(
-            f"{self.name}: step {step}/{self.steps} {parts} lr {learning_rate:.2e} {rate / 1000:.1f} ktok/s "
-            f"{left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
-        self.last_line = now
-        self._clear()
-        return {**self.means, "learning_rate": learning_rate, "tokens_per_second": rate}
+        self.bar.n = step
+        self.bar.set_postfix_str(f"{parts} lr {self.learning_rate:.2e} {rate / 1000:.1f} ktok/s", refresh=not last)
+        if self.trainer.args.report_to:
+            self.trainer.log({**self.means, "learning_rate": self.learning_rate, "tokens_per_second": rate})
+        if last:
+            self.bar.close()

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from torch import Tensor
-
-Bundle = TypeVar("Bundle", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,3 @@ class Loss:
 
     total: Tensor
     parts: Mapping[str, Tensor]
-
-
-class Objective(Protocol[Bundle]):
-    def __call__(self, bundle: Bundle) -> Loss: ...

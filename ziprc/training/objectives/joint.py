@@ -40,14 +40,6 @@ class KLForm(StrEnum):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The reserved rows [start, stop) of the output matrix."""
-
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class JointLabels:
     """Per state [P]: reward bin (`ANY_REWARD`: every bin), length bin, and whether the length is only a lower bound."""
 
@@ -77,11 +69,14 @@ class JointBundle:
 
 @dataclass(frozen=True)
 class JointObjective:
-    """CE + kl·KL, summed over states. `chunk` bounds the memory of the KL and changes no result beyond rounding."""
+    """CE + kl·KL, summed over states; `rows` are the reserved ones of the output matrix.
+
+    `chunk` bounds the memory of the KL and changes no result beyond rounding.
+    """
 
     reward_bins: int
     length_bins: int
-    rows: Rows
+    rows: slice
     kl: float = 0.0
     form: KLForm = KLForm.EXACT
     top_k: int = 64
@@ -111,7 +106,7 @@ def slice_cross_entropy(logits: Tensor, labels: JointLabels) -> Tensor:
 
 
 def reference_kl(
-    states: Tensor, weight: Tensor, reference: Reference, rows: Rows, form: KLForm, top_k: int, chunk: int
+    states: Tensor, weight: Tensor, reference: Reference, rows: slice, form: KLForm, top_k: int, chunk: int
 ) -> Tensor:
     """Sum over states of KL(reference ‖ model) outside `rows`."""
     return ChunkedKL.apply(states, weight, reference.states, reference.weight, rows, form, top_k, chunk)  # type: ignore[no-any-return]
@@ -128,7 +123,7 @@ class ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, ref_states: Tensor, ref_weight: Tensor,
-        rows: Rows, form: KLForm, top_k: int, chunk: int,
+        rows: slice, form: KLForm, top_k: int, chunk: int,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(states.device.type, enabled=False):
             h, W = working(states), working(weight)
@@ -154,13 +149,13 @@ class ChunkedKL(torch.autograd.Function):
         return dh, dW, None, None, None, None, None, None
 
 
-def _chunk_kl(z: Tensor, z_ref: Tensor, rows: Rows, form: KLForm, top_k: int) -> tuple[Tensor, Tensor]:
+def _chunk_kl(z: Tensor, z_ref: Tensor, rows: slice, form: KLForm, top_k: int) -> tuple[Tensor, Tensor]:
     """(KL summed over the chunk, its gradient by the logits `z`), both [C, V] inputs being used up in place."""
     log_q, log_p = _log_softmax_outside(z, rows), _log_softmax_outside(z_ref, rows)
     if form is KLForm.EXACT:
         p = log_p.exp()
         log_ratio = log_p.sub_(log_q)
-        log_ratio[:, rows.start : rows.stop] = 0  # −inf − (−inf)
+        log_ratio[:, rows] = 0  # −inf − (−inf)
         return torch.linalg.vecdot(p, log_ratio).sum(), log_q.exp_().sub_(p)
     outside = z.shape[-1] - (rows.stop - rows.start)
     if form is KLForm.TOP_K:
@@ -168,9 +163,9 @@ def _chunk_kl(z: Tensor, z_ref: Tensor, rows: Rows, form: KLForm, top_k: int) ->
     return _legacy_kl(log_q, log_p, min(LEGACY_TOP_K, outside))
 
 
-def _log_softmax_outside(z: Tensor, rows: Rows) -> Tensor:
+def _log_softmax_outside(z: Tensor, rows: slice) -> Tensor:
     """log softmax over every column but the slice's, which become −inf. In place."""
-    z[:, rows.start : rows.stop] = -torch.inf
+    z[:, rows] = -torch.inf
     return z.sub_(z.logsumexp(-1, keepdim=True))
 
 
