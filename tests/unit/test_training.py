@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from tests.doubles import GRID, ROWS, World, tiny_checkpoint, tiny_model, tiny_tables, tiny_tokenizer
 from ziprc.config.base import Optimisation, Runtime
-from ziprc.config.load import Config
+from ziprc.config.load import Config, load
 from ziprc.config.zip_rc import Head
 from ziprc.errors import UserError
 from ziprc.integrations.fetch import fetch_experiment
@@ -51,6 +51,7 @@ from ziprc.training.trainer import fit
 
 HERE = Path(__file__)
 SETTINGS = Optimisation(optimizer="muon", learning_rate=3e-3, adamw_learning_rate=1e-3, warmup=0.25)
+ZIPRC_PRESET = {"label": "value", "kl": 10.0, "reward_centres": [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1]}
 
 
 # --- tables to labels ---
@@ -513,6 +514,34 @@ def test_two_processes_take_the_same_steps_as_one_and_report_the_loss_of_both(
 
 
 # --- settings ---
+
+
+def joint_settings(**section: Any) -> dict[str, Any]:
+    return Config.model_validate({"train_joint": section}).train_joint.model_dump()
+
+
+def test_defaults_lie_beneath_every_head_that_there_is() -> None:
+    own = {"noisy": {"epochs": 3}, "lite": {"learning_rate": 0.01}}
+    together = joint_settings(defaults={"epochs": 1, "batch_size": 8, "learning_rate": 0.1}, **own)
+    assert together == joint_settings(
+        noisy={"epochs": 3, "batch_size": 8, "learning_rate": 0.1},
+        ziprc={**ZIPRC_PRESET, "epochs": 1, "batch_size": 8, "learning_rate": 0.1},
+        lite={"epochs": 1, "batch_size": 8, "learning_rate": 0.01},
+    )
+    assert "defaults" not in together and joint_settings(defaults={"epochs": 1})["lite"] is None
+
+
+def test_a_head_without_settings_of_its_own_keeps_what_it_is_without_defaults() -> None:
+    assert joint_settings(defaults={})["ziprc"] == joint_settings()["ziprc"]
+    assert joint_settings(defaults={"kl": 1.0})["ziprc"]["kl"] == ZIPRC_PRESET["kl"]
+
+
+def test_a_typo_in_defaults_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("experiments: {x: {train_joint: {defaults: {learnin_rate: 1.0}}}}")
+    with pytest.raises(
+        UserError, match=r"'x': unknown key 'train_joint\.defaults\.learnin_rate' \(did you mean 'learni\w+'\?\)\.$"
+    ):
+        load(tmp_path / "c.yaml", "x")
 
 
 def test_base_and_heads_share_the_settings_of_their_optimizer() -> None:

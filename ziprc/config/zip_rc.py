@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ziprc.config.base import Increasing, Optimisation, Section, Unit
 
@@ -40,9 +41,21 @@ class TrainJoint(Section):
     )  # fmt: skip
     first_row: int | None = Field(None, description="first reserved row; empty: the first that no token uses")
     thinking_only: bool = False
+    defaults: Head | None = Field(None, exclude=True, description="settings that lie beneath those of every head")
     noisy: Head = Head()
     ziprc: Head = Head(label="value", reward_centres=(0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1), kl=10.0)
     lite: Head | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_defaults_beneath(cls, given: Any) -> Any:
+        """Every head on top of `defaults`; what is no key of a head is left for the check of `defaults` to refuse."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("defaults"), Mapping):
+            return given
+        beneath = {key: value for key, value in given["defaults"].items() if key in Head.model_fields}
+        own = {"noisy": {}, "ziprc": cls.model_fields["ziprc"].default.model_dump(exclude_unset=True), **given}
+        heads = {name: own.get(name) for name in ("noisy", "ziprc", "lite")}
+        return {**given, **{name: {**beneath, **head} for name, head in heads.items() if isinstance(head, Mapping)}}
 
 
 class Values(Section):
