@@ -24,7 +24,7 @@ IMAGE = $(if $(CONTAINER),--container $(filter-out 1,$(CONTAINER)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install smoke all why unlock verify dag report doctor fetch inspect image stages lint format lock clean
+.PHONY: help install smoke all why unlock verify dag report doctor fetch inspect config image stages lint format lock clean
 .PHONY: test test-slow test-faults test-cluster test-containers
 
 help: ## list the targets
@@ -88,6 +88,9 @@ doctor: install ## what is installed, whether it agrees, what to do
 
 fetch: install ## download models and data of EXPERIMENT beforehand
 	@ziprc fetch $(OPTIONS)
+
+config: install ## write docs/config.md and the editors' schema from the descriptions in ziprc/config/
+	@python -m ziprc.config.document
 
 image: ## build the container image of ACCELERATOR (BUILDER=docker, podman, buildah or apptainer)
 	@ACCELERATOR=$(ACCELERATOR) containers/build.sh

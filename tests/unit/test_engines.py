@@ -83,8 +83,8 @@ def make_world(root: Path) -> Layout:
 
 def make_config(**runtime: int) -> Config:
     own = dict(engine="hf", max_model_len=128, max_new_tokens=24, test_samples=3, pool_samples=3,
-               shard_prompts=2, thinking_samples=2, non_thinking_samples=1, many_prompts=2, many_samples=5)  # fmt: skip
-    return Config.model_validate({"rollouts": own, "runtime": runtime})
+               thinking_samples=2, non_thinking_samples=1, many_prompts=2, many_samples=5)  # fmt: skip
+    return Config.model_validate({"rollouts": own, "runtime": {"shard_prompts": 2, **runtime}})
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +409,12 @@ def test_other_science_uses_other_shards(world: Layout) -> None:
         digest = rollouts.digest_json([rollouts.params_of(config, "rollouts", "test")])
         names.append(rollouts.shards_of(wanted, 2, world.home, digest)[0].path.name)
     assert names[0] == names[1] != names[2]
+
+
+def test_a_shard_of_another_size_is_not_taken_over(world: Layout) -> None:
+    wanted = [[sharding.Wanted("p", True, i, i, (1,))] for i in range(4)]
+    shards = {size: sharding.shards_of(wanted, size, world.home, "same inputs") for size in (1, 2)}
+    assert not {shard.path for shard in shards[1]} & {shard.path for shard in shards[2]}
 
 
 def test_the_number_of_workers_changes_no_byte(world: Layout) -> None:

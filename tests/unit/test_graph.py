@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ziprc.config.base import SYSTEMS as NAMES
 from ziprc.config.base import Runtime
 from ziprc.config.load import Config, experiments, load
 from ziprc.errors import UserError
@@ -65,19 +66,23 @@ def test_what_a_stage_chooses_by_name_exists() -> None:
         assert importlib.util.find_spec(module), module
 
 
-def test_no_runtime_key_is_a_param_of_anything() -> None:
-    before = graph()
-    for key, value in Runtime(
-        accelerate="ddp", workers=7, tensor_parallel=7, judge_tensor_parallel=7, max_num_seqs=7, gpu_memory_utilization=0.7,
-        kv_cache_gib=7, enforce_eager=False, stall_limit_s=7, rollouts_per_device=7, forward_tokens=777, position_chunk=7,
-        bf16=True, gradient_checkpointing=True, attention="eager", save_steps=7, trackers=("x",), gpus=7, nodes=7, mem_mb=7,
-        cpu_mem_mb=7, runtime_min=7,
-    ):  # fmt: skip
-        runtime = before.config.runtime.model_copy(update={key: value})
-        assert runtime != before.config.runtime, f"{key} has to be tried with another value than the default"
-        after = Graph(STAGES, before.config.model_copy(update={"runtime": runtime}), before.layout)
-        for ref in before.known():
-            assert before.params(ref) == after.params(ref), (key, ref)
+OTHER = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2, str: lambda x: f"not {x}"}
+
+
+@pytest.mark.parametrize("key", sorted(Runtime.model_fields))
+@pytest.mark.parametrize("experiment", ["smoke", "qwen3-1.7b"])
+def test_no_runtime_key_is_a_param_of_anything(experiment: str, key: str) -> None:
+    before = graph(experiment=experiment)
+    value = getattr(before.config.runtime, key)
+    other = OTHER.get(type(value), lambda _: ("other",))(value)
+    assert other != value
+    runtime = before.config.runtime.model_copy(update={key: other})
+    after = Graph(STAGES, before.config.model_copy(update={"runtime": runtime}), before.layout)
+    assert [ref for ref in before.known() if before.params(ref) != after.params(ref)] == []
+
+
+def test_what_is_declared_and_what_may_be_asked_for_are_the_same_systems() -> None:
+    assert tuple(system.name for system in SYSTEMS) == NAMES
 
 
 def test_a_key_changes_the_artifacts_that_it_is_about_and_no_other() -> None:
@@ -94,6 +99,8 @@ def test_a_key_changes_the_artifacts_that_it_is_about_and_no_other() -> None:
     assert changed("prompts.validation=3") == {"prompts/validation"} | shown
     assert changed("train_joint.ziprc.kl=25") == {"train_joint/ziprc"} | shown
     assert changed("samples.majority_budgets=[3]") == {"samples/majority"} | shown
+    assert changed("samples.in_flight=3") == live | shown
+    assert changed("runtime.shard_prompts=3") == set()
     graded = {ref for ref in changed("grades.rule=math") if ref.startswith(("grades/", "samples/"))}
     assert changed("grades.rule=math") == graded | shown and graded > live
     assert changed("grades.timeout_s=9") == shown, "the exact rule has no time limit"

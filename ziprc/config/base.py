@@ -1,11 +1,17 @@
-"""What sections are made of."""
+"""What sections are made of, the names of the systems, and the keys of the machine.
+
+Every key says here what it means, in which unit and in which range; `docs/config.md` and the editors' schema are made of it.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+System = Literal["zip-rc"]
+SYSTEMS: tuple[str, ...] = get_args(System)
 
 
 class Section(BaseModel):
@@ -15,12 +21,12 @@ class Section(BaseModel):
 
 
 class Sampling(Section):
-    """Sampling settings of one policy."""
+    """How one policy draws its tokens."""
 
-    temperature: float = Field(1.0, ge=0)
-    min_p: float = Field(0.1, ge=0, le=1)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 keeps every token")
+    temperature: float = Field(1.0, ge=0, description="divides the logits; 0: the likeliest token")
+    min_p: float = Field(0.1, ge=0, le=1, description="least probability of a token, as a share of the likeliest one's")
+    top_p: float = Field(1.0, gt=0, le=1, description="probability mass that is kept, likeliest tokens first")
+    top_k: int = Field(0, ge=0, description="tokens that are kept; 0: every one")
 
 
 OptimizerName = Annotated[
@@ -53,6 +59,7 @@ class Optimisation(Section):
 
 
 Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -63,29 +70,37 @@ def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
 
 Increasing = AfterValidator(_increasing)
 
+DType = Literal["float32", "bfloat16", "float16", "auto"]
+# What transformers' Trainer can report to (a test compares).
+Tracker = Literal[
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow", "neptune", "swanlab",
+    "tensorboard", "trackio", "wandb",
+]  # fmt: skip
+
 
 class Runtime(Section):
-    """Never triggers a rebuild."""
+    """How it is computed, not what: no key here is a param of a rule, so none triggers a rebuild."""
 
-    accelerate: str = Field("cpu", description="profiles/accelerate/<name>.yaml for training")
-    workers: int = Field(1, ge=1, description="data-parallel engine processes")
-    tensor_parallel: int = Field(1, ge=1)
-    judge_tensor_parallel: int = Field(1, ge=1)
+    accelerate: str = Field("cpu", description="launch profile of training, from profiles/accelerate/")
+    workers: int = Field(1, ge=1, description="engine processes side by side, each with the whole model")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one copy of the policy")
+    judge_tensor_parallel: int = Field(1, ge=1, description="GPUs that share one copy of the judge")
     max_num_seqs: int = Field(256, ge=1, description="responses in flight per engine")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    kv_cache_gib: int = Field(1, ge=1, description="of a CPU engine")
-    enforce_eager: bool = True
-    stall_limit_s: float = Field(900, gt=0, description="an engine whose step takes longer is ended, with a reason")
-    rollouts_per_device: int = Field(16, ge=1, description="micro-batch; accumulation follows from batch_size")
+    shard_prompts: int = Field(512, ge=1, description="prompts per shard of rollouts; a kill loses those in the making")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes")
+    kv_cache_gib: int = Field(1, ge=1, description="GiB of keys and values that a vLLM engine on the CPU holds")
+    enforce_eager: bool = Field(True, description="vLLM without compilation: starts sooner, decodes slower")
+    stall_limit_s: float = Field(900, gt=0, description="seconds after which a step of an engine is ended as stuck")
+    rollouts_per_device: int = Field(16, ge=1, description="rollouts per micro-batch; batch_size adds them up")
     forward_tokens: int = Field(16384, ge=64, description="tokens per forward pass when states are read")
-    position_chunk: int = Field(1024, ge=1, description="states per chunk of the KL")
-    bf16: bool = Field(False, description="autocast; master weights stay float32")
-    gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    save_steps: int = Field(100, ge=1, description="steps between training states kept for resuming")
-    trackers: tuple[str, ...] = ()
-    gpus: int = Field(0, ge=0, description="of one node; 0: every stage runs on the CPU")
-    nodes: int = Field(1, ge=1, description="of a training stage; the others use one")
-    mem_mb: int = Field(3000, ge=1, description="of a stage, per node; a retry asks for more")
-    cpu_mem_mb: int | None = Field(None, ge=1, description="of a stage that needs no GPU; empty: mem_mb")
-    runtime_min: int = 120
+    position_chunk: int = Field(1024, ge=1, description="states whose logits are held at once")
+    bf16: bool = Field(False, description="bfloat16 autocast in training; master weights stay float32")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to hold fewer of them")
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = Field("sdpa", description="attention kernel in training")
+    save_steps: int = Field(100, ge=1, description="optimiser steps between training states kept for resuming")
+    trackers: tuple[Tracker, ...] = Field((), description="where training reports its metrics besides the log")
+    gpus: int = Field(0, ge=0, description="GPUs of one node; 0: every stage runs on the CPU")
+    nodes: int = Field(1, ge=1, description="nodes of a training stage; the others use one")
+    mem_mb: int = Field(3000, ge=1, description="MB of memory of a stage, per node; a retry asks for more")
+    cpu_mem_mb: int | None = Field(None, ge=1, description="MB of memory of a stage that needs no GPU; null: mem_mb")
+    runtime_min: int = Field(120, ge=1, description="minutes that a cluster is asked for, per stage")

@@ -1,46 +1,58 @@
-"""The sections that every system reads, and the keys of the machine."""
+"""The sections that every system reads."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ziprc.config.base import AdamwRate, LearningRate, Optimisation, OptimizerName, Sampling, Schedule, Section, Warmup
+from ziprc.config.base import (
+    AdamwRate,
+    DType,
+    LearningRate,
+    Optimisation,
+    OptimizerName,
+    Runtime,
+    Sampling,
+    Schedule,
+    Section,
+    System,
+    Warmup,
+)
 
 
 class Prompts(Section):
-    """What is asked. `settings` belong to the task; counts are prompts per split."""
+    """What is asked. Counts are prompts per split."""
 
-    task: str = "arithmetic"
-    settings: dict[str, Any] = Field({}, description="keys of the task, see ziprc/tasks/<task>.py")
-    train: int = Field(1000, ge=1)
-    validation: int = Field(200, ge=1, description="prompts on which samplers are calibrated")
-    test: int = Field(200, ge=1)
+    task: str = Field("arithmetic", description="a module of ziprc/tasks/; hub: any data set, by column mapping")
+    settings: dict[str, Any] = Field({}, description="the task's own keys, see the end of this page")
+    train: int = Field(1000, ge=1, description="prompts that models learn from")
+    validation: int = Field(200, ge=1, description="prompts that samplers are calibrated on")
+    test: int = Field(200, ge=1, description="prompts that everything is judged on")
 
 
 class Architecture(Section):
     """A small Qwen3."""
 
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    max_position_embeddings: int = 1024
-    vocab_size: int = Field(384, description="rows of the output matrix, reserved ones included")
-    merges: int = Field(40, description="byte-pair merges learned on the task's words")
+    hidden_size: int = Field(128, ge=1, description="width of a state")
+    intermediate_size: int = Field(384, ge=1, description="width of a feed-forward layer")
+    num_hidden_layers: int = Field(4, ge=1, description="layers")
+    num_attention_heads: int = Field(4, ge=1, description="query heads of a layer")
+    num_key_value_heads: int = Field(2, ge=1, description="key and value heads of a layer; divides the query heads")
+    head_dim: int = Field(32, ge=2, multiple_of=2, description="width of an attention head; even, for rotary positions")
+    max_position_embeddings: int = Field(1024, ge=16, description="tokens of prompt and response together")
+    vocab_size: int = Field(384, ge=1, description="rows of the output matrix, reserved ones included")
+    merges: int = Field(40, ge=0, description="byte-pair merges learned on the task's words")
 
 
 class Base(Optimisation):
-    """The policy to start from: a Hub id or local folder, or `scratch` to train one on the task's traces."""
+    """The policy to start from. All keys but `model` and `revision` are read for `scratch` alone."""
 
-    model: str = "scratch"
-    revision: str | None = None
+    model: str = Field("scratch", description="Hub id or local folder; scratch: train one on the task's worked traces")
+    revision: str | None = Field(None, description="commit, tag or branch on the Hub; null: the newest")
     architecture: Architecture = Architecture()
     tokens: int = Field(1_000_000, ge=1000, description="training tokens, prompts included")
-    batch_tokens: int = Field(2048, ge=64)
+    batch_tokens: int = Field(2048, ge=64, description="tokens per optimiser step, over all devices")
     optimizer: OptimizerName = "muon"
     learning_rate: LearningRate = 5e-3
     adamw_learning_rate: AdamwRate = 3e-3
@@ -49,56 +61,75 @@ class Base(Optimisation):
 
 
 class Rollouts(Section):
-    """Responses per prompt and how they are sampled."""
+    """Responses per prompt and how they are sampled. A pool is a set of recorded responses of the final head's model."""
 
-    engine: Literal["vllm", "hf"] = "vllm"
+    engine: Literal["vllm", "hf"] = Field("vllm", description="what generates; hf: the exact, slower reference")
     sampling: Sampling = Sampling()
-    max_model_len: int = Field(512, ge=16, description="prompt and response tokens together")
-    max_new_tokens: int = Field(256, ge=1, description="cap on the response")
-    thinking_samples: int = Field(2, ge=0, description="per training prompt")
-    non_thinking_samples: int = Field(0, ge=0, description="per training prompt")
-    test_samples: int = Field(8, ge=1, description="per test prompt")
-    test_thinking: bool = True
-    many_prompts: int = Field(64, ge=1, description="test prompts that get many rollouts, for the empirical joint")
-    many_samples: int = Field(64, ge=1)
-    pool_samples: int = Field(8, ge=1, description="per prompt of a pool: what adaptive samplers are replayed on")
-    pool_prompts: int | None = Field(None, ge=1, description="prompts of a pool, the first ones; empty: all of them")
-    shard_prompts: int = Field(512, ge=1, description="prompts per shard: what is kept after a kill")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    max_model_len: int = Field(512, ge=16, description="tokens of prompt and response together")
+    max_new_tokens: int = Field(256, ge=1, description="tokens after which a response is cut off")
+    thinking_samples: int = Field(2, ge=0, description="responses with thinking per training prompt")
+    non_thinking_samples: int = Field(0, ge=0, description="responses without thinking per training prompt")
+    test_samples: int = Field(8, ge=1, description="responses per test prompt")
+    test_thinking: bool = Field(True, description="whether validation and test prompts are answered with thinking")
+    many_prompts: int = Field(64, ge=1, description="test prompts with many responses, whose joint is counted")
+    many_samples: int = Field(64, ge=1, description="responses for each of them")
+    pool_samples: int = Field(8, ge=1, description="responses per prompt of a pool, on which samplers are replayed")
+    pool_prompts: int | None = Field(None, ge=1, description="prompts of a pool, the first ones; null: all")
+    dtype: DType = Field("float32", description="numbers that the engine computes in")
+
+    @model_validator(mode="after")
+    def _responses_fit(self) -> Rollouts:
+        if self.max_new_tokens >= self.max_model_len:
+            raise ValueError("max_new_tokens must be below max_model_len, which counts the prompt too")
+        if self.thinking_samples + self.non_thinking_samples < 1:
+            raise ValueError("at least one thinking or non-thinking sample per training prompt is needed")
+        return self
 
 
 class Judge(Section):
     """An LLM judge that gives an anchored Yes/No verdict."""
 
-    model: str
-    revision: str | None = None
-    max_model_len: int = 32768
-    max_new_tokens: int = 256
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
-    max_unparseable: float = Field(
-        0.05, ge=0, le=1, description="a larger share of unreadable verdicts fails the stage"
-    )
+    model: str = Field(description="Hub id or local folder")
+    revision: str | None = Field(None, description="commit, tag or branch on the Hub; null: the newest")
+    max_model_len: int = Field(32768, ge=16, description="tokens of question, response and verdict together")
+    max_new_tokens: int = Field(256, ge=1, description="tokens of a verdict")
+    dtype: DType = Field("auto", description="numbers that the judge computes in")
+    max_unparseable: float = Field(0.05, ge=0, le=1, description="share of verdicts that may be unreadable")
 
 
 class Grades(Section):
-    """Is the answer right? The rule grader first; the judge, if there is one, for what the rule cannot settle."""
+    """Is the answer right? The rule first; the judge, if there is one, for what the rule cannot settle."""
 
-    rule: Literal["exact", "math", "countdown", "none"] = "exact"
-    timeout_s: float = Field(5.0, gt=0)
-    judge: Judge | None = None
+    rule: Literal["exact", "math", "countdown", "none"] = Field("exact", description="grader; math: math-verify")
+    timeout_s: float = Field(5.0, gt=0, description="seconds for one answer; only math takes time")
+    judge: Judge | None = Field(None, description="null: the rule has the last word")
 
 
 class Evaluate(Section):
     """What the numbers mean. Intervals are bootstrapped over prompts."""
 
-    bootstrap: int = Field(1000, ge=10)
-    confidence: float = Field(0.95, gt=0, lt=1)
-    ece_bins: int = Field(10, ge=2)
-    last_k: int = Field(8, ge=1, description="states averaged at the end of a response")
+    bootstrap: int = Field(1000, ge=10, description="resamplings of the prompts")
+    confidence: float = Field(0.95, gt=0, lt=1, description="probability that an interval covers")
+    ece_bins: int = Field(10, ge=2, description="bins of equal width in calibration errors and curves")
+    last_k: int = Field(8, ge=1, description="states at the end of a response over which its prediction is averaged")
     targets: bool = Field(False, description="judge the headline numbers by the targets, which belong to the toy scale")
 
 
 class Report(Section):
     """The page."""
 
-    rollouts_shown: int = Field(6, ge=0)
+    rollouts_shown: int = Field(6, ge=0, description="test rollouts on the page, coloured by what the head expects")
+
+
+class Shared(Section):
+    """What every system reads."""
+
+    seed: int = Field(0, ge=0, description="every random choice follows from it")
+    systems: tuple[System, ...] = Field(("zip-rc",), min_length=1, description="systems that the experiment builds")
+    prompts: Prompts = Prompts()
+    base: Base = Base()
+    rollouts: Rollouts = Rollouts()
+    grades: Grades = Grades()
+    evaluate: Evaluate = Evaluate()
+    report: Report = Report()
+    runtime: Runtime = Runtime()

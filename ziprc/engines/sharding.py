@@ -71,7 +71,8 @@ def shards_of(wanted: Sequence[Sequence[Wanted]], prompts_per_shard: int, folder
     shards = []
     for number, first in enumerate(range(0, len(wanted), prompts_per_shard)):
         chunk = tuple(itertools.chain.from_iterable(wanted[first : first + prompts_per_shard]))
-        shards.append(Shard(folder / f"{number:05d}-{digest_json([digest, number])[:ID_LENGTH]}.parquet", chunk))
+        own = digest_json([digest, prompts_per_shard, number])[:ID_LENGTH]
+        shards.append(Shard(folder / f"{number:05d}-{own}.parquet", chunk))
     return shards
 
 

@@ -131,17 +131,12 @@ def single(fitted: Fitted) -> Setting:
     return Setting(Fixed(Reader(fitted.grid, fitted.logprob), MAJORITY, 1))
 
 
-LIVE = (PLUS, f"{PLUS}-branching", f"{PLUS}-wide", PUBLISHED, "majority")
 WIDE = 4  # branches at a time
 
 
-def live_policies() -> tuple[str, ...]:
-    """Names of the policies that can be run live."""
-    return LIVE
-
-
 def live_setting(name: str, samples: float, frontier: Mapping[str, Any], fitted: Fitted) -> Setting:
-    """The setting of a live policy for a budget of that many samples, as `frontier.json` records what validation chose."""
+    """The setting of one of LIVE_POLICIES for a budget of that many samples, as `frontier.json` records what validation
+    chose."""
     if name == "majority":
         return Setting(Fixed(Reader(fitted.grid), MAJORITY, max(1, round(samples))))
     if name == PUBLISHED:

@@ -86,7 +86,7 @@ def run(context: Context) -> str:
 
     digest = digest_json([params, manifest_digests(context.reads)])
     work = target.parent / f".{target.stem}.shards"
-    shards = shards_of(wanted, config.rollouts.shard_prompts, work, digest)
+    shards = shards_of(wanted, config.runtime.shard_prompts, work, digest)
     drop_stale(work, shards)
     make_shards(
         shards,

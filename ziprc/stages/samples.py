@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from ziprc.chat import visible_answer
 from ziprc.config.load import Config
+from ziprc.config.zip_rc import LIVE_POLICIES
 from ziprc.engines.base import Engine
 from ziprc.errors import UserError, nearest
 from ziprc.evaluation.samplers.decisions import Asked, decision_table
@@ -26,7 +27,7 @@ from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
 from ziprc.progress import progress
 from ziprc.rewards.base import Question as Graded
 from ziprc.sampling.controller import Controller
-from ziprc.sampling.families import Setting, live_policies, live_setting
+from ziprc.sampling.families import Setting, live_setting
 from ziprc.sampling.fitting import Fitted, read_fitted
 from ziprc.sampling.live.bench import AnswerBook, budget_of, open_engine, questions_of
 from ziprc.sampling.live.records import Answered, Question, Timing
@@ -120,8 +121,8 @@ def _graded(prompt: Row, text: str) -> Graded:
 
 def setting_for(name: str, budget: float, frontier: dict[str, Any], fitted: Fitted) -> Setting:
     """What the policy `name` does with a budget; UserError naming the known ones."""
-    if name not in live_policies():
-        raise UserError(f"There is no live policy '{name}'{nearest(name, live_policies())} (samples.policies).")
+    if name not in LIVE_POLICIES:
+        raise UserError(f"There is no live policy '{name}'{nearest(name, LIVE_POLICIES)} (samples.policies).")
     return live_setting(name, budget, frontier, fitted)
 
 

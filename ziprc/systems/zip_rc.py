@@ -116,7 +116,7 @@ def head_params(config: Config, of: HeadOf) -> list[str]:
 
 def samples_params(config: Config, policy: str) -> list[str]:
     budgets = "majority_budgets" if policy == "majority" else "budgets"
-    own = (budgets, "prompts", "branches", "max_tokens", "max_latency", "one_at_a_time")
+    own = (budgets, "prompts", "branches", "max_tokens", "max_latency", "in_flight", "one_at_a_time")
     keys = [f"samples.{key}" for key in own]
     return ["seed", *keys, *SAMPLING, "rollouts.test_thinking", "prompts.task", *grading_keys(config)]
 

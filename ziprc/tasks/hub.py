@@ -74,7 +74,7 @@ class Settings(Source):
     )
     instruction: str = Field("", description="text appended to every problem")
     shuffle_seed: int | None = Field(
-        None, description="order of the rows, of which the first distinct ones are taken; empty: the run's seed"
+        None, ge=0, description="order of the rows, of which the first distinct ones are taken; empty: the run's seed"
     )
 
 

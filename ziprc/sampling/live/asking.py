@@ -17,11 +17,11 @@ from pydantic import ValidationError
 
 from ziprc.chat import prompt_token_ids, visible_answer
 from ziprc.config.load import Config
-from ziprc.config.zip_rc import Samples
+from ziprc.config.zip_rc import LIVE_POLICIES, Samples
 from ziprc.errors import UserError, nearest
 from ziprc.joint.checkpoint import load_tokenizer, read_joint_head, read_manifest
 from ziprc.sampling.controller import Budget, Controller
-from ziprc.sampling.families import PLUS, PUBLISHED, WIDE, Setting, live_policies, live_setting
+from ziprc.sampling.families import PLUS, PUBLISHED, WIDE, Setting, live_setting
 from ziprc.sampling.fitting import Fitted, read_fitted
 from ziprc.sampling.live.bench import AnswerBook, open_engine
 from ziprc.sampling.live.records import Answered, Event, Question
@@ -159,10 +159,8 @@ def prepare(wishes: Wishes) -> Ready:
 def _check_wishes(wishes: Wishes) -> None:
     if not wishes.prompt.strip():
         raise UserError('The prompt is empty. Write the question, for example `ziprc sample "Compute 47+91+85" …`.')
-    if wishes.policy not in live_policies():
-        raise UserError(
-            f"There is no live policy '{wishes.policy}'{nearest(wishes.policy, live_policies())} (--policy)."
-        )
+    if wishes.policy not in LIVE_POLICIES:
+        raise UserError(f"There is no live policy '{wishes.policy}'{nearest(wishes.policy, LIVE_POLICIES)} (--policy).")
     if not wishes.samples >= 1:
         raise UserError(f"--budget counts samples and must be at least 1, found {wishes.samples:g}.")
     plus, published = wishes.policy.startswith(PLUS), wishes.policy == PUBLISHED
