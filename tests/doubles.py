@@ -24,7 +24,8 @@ from ziprc.chat import CHATML_TEMPLATE, prompt_token_ids
 from ziprc.config.load import Config
 from ziprc.engines.base import Request, Step, check_request
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead, save_checkpoint
+from ziprc.joint.checkpoint import save_checkpoint
+from ziprc.joint.head import JointHead
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.plan.stage import Ref
 from ziprc.stages.context import Context

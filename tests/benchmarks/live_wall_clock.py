@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ziprc.config.load import load
-from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
+from ziprc.joint.head import read_joint_head
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.sampling.families import PLUS, live_setting
 from ziprc.sampling.fitting import read_fitted
 from ziprc.sampling.live.bench import open_engine, questions_of

@@ -27,7 +27,7 @@ from ziprc.config.base import Sampling
 from ziprc.engines import start
 from ziprc.engines.base import Engine, EngineSettings, Request
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead
+from ziprc.joint.head import JointHead
 from ziprc.joint.vocabulary import VocabLayout
 
 TEXT, CELLS, VOCAB = 320, 56, 384  # the default architecture: 7 reward centres × 8 lengths

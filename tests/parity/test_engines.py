@@ -18,7 +18,8 @@ from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, Request, Response
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead, load_model
+from ziprc.joint.checkpoint import load_model
+from ziprc.joint.head import JointHead
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.joint.vocabulary import VocabLayout
 from ziprc.tables.rollouts import FinishReason

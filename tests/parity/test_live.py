@@ -14,7 +14,7 @@ from ziprc.config.base import Sampling
 from ziprc.engines import start
 from ziprc.engines.base import Engine, EngineSettings
 from ziprc.errors import UserError
-from ziprc.joint.checkpoint import JointHead
+from ziprc.joint.head import JointHead
 from ziprc.joint.vocabulary import VocabLayout
 from ziprc.sampling.controller import Budget, Controller, Policy
 from ziprc.sampling.live.records import Answered, Question

@@ -26,7 +26,8 @@ from ziprc.engines.hf import filtered, gumbel_noise, sample
 from ziprc.engines.taps import ReadJoint, ReadStates, TextRows, taps_of
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead, save_checkpoint
+from ziprc.joint.checkpoint import save_checkpoint
+from ziprc.joint.head import JointHead
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages import rollouts
@@ -229,7 +230,8 @@ def test_finish_reasons_and_stop_tokens(settings: EngineSettings) -> None:
 
 
 def test_the_reading_while_sampling_is_the_labelled_state(settings: EngineSettings) -> None:
-    from ziprc.joint.checkpoint import load_model, read_joint_head
+    from ziprc.joint.checkpoint import load_model
+    from ziprc.joint.head import read_joint_head
 
     head = read_joint_head(settings.model)
     requests = some_requests(6)

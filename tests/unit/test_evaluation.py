@@ -31,8 +31,10 @@ from ziprc.evaluation.head.probes import ProbeSettings, logistic_prediction, pro
 from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions
 from ziprc.joint import readout
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import load_model, read_joint_head
+from ziprc.joint.checkpoint import load_model
+from ziprc.joint.head import read_joint_head
 from ziprc.joint.readout import TokenPair
+from ziprc.joint.tokenizer import text_ids
 from ziprc.pages import inspect as inspection
 from ziprc.pages import zip_rc
 from ziprc.pages.report import costs, facts, made_from, making, read_provenance, render
@@ -42,7 +44,6 @@ from ziprc.reading import states as states_module
 from ziprc.reading.logits import Reading, kl_drift, token_scores
 from ziprc.reading.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
 from ziprc.stages import baselines, evaluate, introspection, prompts, report, values
-from ziprc.stages.baselines import text_rows
 from ziprc.stages.context import perform
 from ziprc.store.digests import digest_file
 from ziprc.store.files import read_json, write_json
@@ -359,7 +360,9 @@ def test_one_pass_of_the_body_gives_joint_and_scores(experiment: World, monkeypa
     reader = JointReader.open(experiment.layout.checkpoint("ziprc"))
     pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
     joints = reader.joints(pairs, 1000)
-    scores = dict(token_scores(reader.model, text_rows(experiment.layout.checkpoint("ziprc")), pairs, 1000, chunk=3))
+    scores = dict(
+        token_scores(reader.model, max(text_ids(experiment.layout.checkpoint("ziprc"))) + 1, pairs, 1000, chunk=3)
+    )
     passes = []
     body = readout.body_states
     monkeypatch.setattr(readout, "body_states", lambda *a: passes.append(1) or body(*a))

@@ -15,16 +15,11 @@ from tests.doubles import GRID, ROWS, tiny_checkpoint, tiny_model, tiny_tokenize
 from ziprc.engines.base import unknown_rows
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import (
-    JointHead,
-    load_model,
-    load_tokenizer,
-    read_joint_head,
-    read_manifest,
-    save_checkpoint,
-)  # fmt: skip
+from ziprc.joint.checkpoint import load_model, save_checkpoint
 from ziprc.joint.distribution import JointDistribution
+from ziprc.joint.head import JointHead, read_joint_head, read_manifest
 from ziprc.joint.readout import TokenPair, batches_by_tokens, read_joint, slice_weight
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import VocabLayout, check_layout, derive_layout
 from ziprc.store.manifest import write_sealed
 

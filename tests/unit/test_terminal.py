@@ -15,7 +15,7 @@ import pytest
 from tests.doubles import GRID, tiny_checkpoint, tiny_tokenizer
 from ziprc.cli import main
 from ziprc.errors import UserError
-from ziprc.joint.checkpoint import read_manifest
+from ziprc.joint.head import read_manifest
 from ziprc.pages import terminal
 from ziprc.pages.terminal import Line, branch_line, cells, frame, head, sample, tail
 from ziprc.sampling.fitting import Calibration, Fitted

@@ -27,9 +27,11 @@ from ziprc.config.load import Config, load
 from ziprc.config.zip_rc import Head
 from ziprc.errors import UserError
 from ziprc.integrations.fetch import fetch_experiment
-from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_joint_head, read_manifest
+from ziprc.joint.checkpoint import load_model
+from ziprc.joint.head import JointHead, read_joint_head, read_manifest
 from ziprc.joint.hub import local_model
 from ziprc.joint.readout import body_states
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import VocabLayout
 from ziprc.stages import base as base_stage
 from ziprc.stages import train_joint

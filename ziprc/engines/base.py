@@ -28,7 +28,7 @@ from ziprc.store.files import read_json
 from ziprc.tables.rollouts import FinishReason
 
 if TYPE_CHECKING:
-    from ziprc.joint.checkpoint import JointHead
+    from ziprc.joint.head import JointHead
 
 IdRange = tuple[int, int]  # half-open: rows of the output matrix, which are token ids where the tokenizer knows them
 OnTokens = Callable[[int], None]

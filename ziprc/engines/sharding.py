@@ -25,7 +25,7 @@ import pyarrow as pa
 from ziprc.engines import start
 from ziprc.engines.base import Engine, EngineSettings, OnTokens, Request, Response
 from ziprc.errors import UserError
-from ziprc.joint.checkpoint import load_tokenizer
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.progress import progress
 from ziprc.store.digests import digest_json
 from ziprc.store.layout import manifest_of

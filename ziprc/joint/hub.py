@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from ziprc.errors import UserError
-from ziprc.joint.checkpoint import load_tokenizer
+from ziprc.joint.tokenizer import load_tokenizer
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges*", "*.model"]
 

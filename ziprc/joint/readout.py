@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ziprc.joint.checkpoint import JointHead
+from ziprc.joint.head import JointHead
 
 
 @dataclass(frozen=True)

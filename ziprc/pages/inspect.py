@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from ziprc.errors import UserError
 from ziprc.evaluation.outcomes import MOMENTS, Outcomes, join_outcomes, moment_positions
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
 from ziprc.joint.distribution import JointDistribution
+from ziprc.joint.head import read_joint_head
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.pages.html import fill
 from ziprc.reading.states import read_states
 from ziprc.store.files import write_text

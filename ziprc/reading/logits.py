@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ziprc.joint.checkpoint import JointHead
+from ziprc.joint.head import JointHead
 from ziprc.joint.readout import TokenPair, joint_probabilities, labelled_states, slice_weight, split_by_rollout
 from ziprc.joint.vocabulary import VocabLayout
 

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead, load_model, read_joint_head
+from ziprc.joint.checkpoint import load_model
 from ziprc.joint.distribution import JointDistribution
+from ziprc.joint.head import JointHead, read_joint_head
 from ziprc.joint.readout import TokenPair, read_joint
 from ziprc.progress import progress
 from ziprc.reading.logits import Reading, read_everything

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from sklearn.linear_model import LogisticRegression
 
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling import features as f
@@ -85,6 +84,10 @@ class Logistic:
     @classmethod
     def fit(cls, x: Floats, y: Floats) -> Logistic:
         """From inputs [n, D] and scores [n] in {0, 1}; a constant where all scores are alike."""
+        from sklearn.linear_model import (
+            LogisticRegression,  # takes two seconds, which those who only read need not wait
+        )
+
         mean, scale = x.mean(0), x.std(0) + 1e-6
         if y.min() == y.max():
             share = (y.sum() + 0.5) / (len(y) + 1)

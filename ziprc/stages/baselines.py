@@ -7,18 +7,16 @@ from.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ziprc.config.load import Config
 from ziprc.evaluation.head.metrics import Predictions
 from ziprc.evaluation.head.probes import MomentData, ProbeSettings, all_predictions, collect
 from ziprc.evaluation.outcomes import join_outcomes, moment_positions, response_lengths
-from ziprc.joint.checkpoint import load_tokenizer
-from ziprc.joint.vocabulary import generation_ids
+from ziprc.joint.tokenizer import text_ids
 from ziprc.progress import progress
 from ziprc.reading.logits import TokenScores, token_scores
 from ziprc.reading.states import load_for_reading, token_pairs
@@ -29,14 +27,6 @@ from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 
 TORCH_SEEDS = 2**32
-
-
-def text_rows(folder: Path) -> int:
-    """How many rows of the output matrix can be text."""
-    used = set(load_tokenizer(folder).get_vocab().values())
-    if (folder / "generation_config.json").exists():
-        used |= generation_ids(GenerationConfig.from_pretrained(folder))
-    return max(used) + 1
 
 
 def moment_data(model: PreTrainedModel, rows: int, rollouts: pa.Table, config: Config) -> MomentData:
@@ -72,7 +62,7 @@ def run(context: Context) -> str:
     base = sources["base"]
     rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
     known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))
-    model, rows = load_for_reading(base), text_rows(base)
+    model, rows = load_for_reading(base), max(text_ids(base)) + 1
     seen = moment_data(model, rows, rollouts.take(pa.array(known.rows)), config)
     asked = moment_data(model, rows, test, config)
     seed = derived_seed(config.seed, "baselines") % TORCH_SEEDS

@@ -55,8 +55,8 @@ def judge_grader(config: Config) -> Iterator[Grader | None]:
     if config.grades.judge is None:
         yield None
         return
-    from ziprc.joint.checkpoint import load_tokenizer
     from ziprc.joint.hub import local_model
+    from ziprc.joint.tokenizer import load_tokenizer
 
     own, machine = config.grades.judge, config.runtime
     folder = local_model(own.model, own.revision, "grades.judge.model")

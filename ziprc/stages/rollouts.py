@@ -22,7 +22,8 @@ from ziprc.config.load import Config
 from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
 from ziprc.errors import UserError
-from ziprc.joint.checkpoint import TOKENIZER_FILES, load_tokenizer, read_joint_head, read_manifest
+from ziprc.joint.head import read_joint_head, read_manifest
+from ziprc.joint.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed, digest_file, digest_json
 from ziprc.store.files import require_space

@@ -23,7 +23,8 @@ from ziprc.config.zip_rc import LIVE_POLICIES
 from ziprc.engines.base import Engine
 from ziprc.errors import UserError, nearest
 from ziprc.evaluation.samplers.decisions import Asked, decision_table
-from ziprc.joint.checkpoint import load_tokenizer, read_joint_head
+from ziprc.joint.head import read_joint_head
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.progress import progress
 from ziprc.rewards.base import Question as Graded
 from ziprc.sampling.controller import Controller

@@ -12,7 +12,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import JointHead, load_model, load_tokenizer, read_manifest
+from ziprc.joint.checkpoint import load_model
+from ziprc.joint.head import JointHead, read_manifest
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ziprc.config.zip_rc import Head
-from ziprc.joint.checkpoint import JointHead
+from ziprc.joint.head import JointHead
 from ziprc.training.objectives.base import Loss
 from ziprc.training.objectives.joint import JointBundle, JointLabels, JointObjective, KLForm, Reference
 from ziprc.training.objectives.language import LanguageObjective, TokenBundle

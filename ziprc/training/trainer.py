@@ -39,7 +39,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ziprc.config.base import Optimisation, Runtime
 from ziprc.errors import Stopped, UserError
-from ziprc.joint.checkpoint import JointHead, save_checkpoint
+from ziprc.joint.checkpoint import save_checkpoint
+from ziprc.joint.head import JointHead
 from ziprc.processor import native_bfloat16
 from ziprc.progress import progress
 from ziprc.training import resume

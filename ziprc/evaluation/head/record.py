@@ -35,8 +35,8 @@ from ziprc.evaluation.outcomes import (
     response_lengths,
 )
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import read_joint_head
 from ziprc.joint.distribution import JointDistribution
+from ziprc.joint.head import read_joint_head
 from ziprc.reading.logits import kl_drift
 from ziprc.reading.states import States, load_for_reading, read_states, token_pairs
 from ziprc.store.digests import derived_seed

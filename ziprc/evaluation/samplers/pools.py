@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ziprc.errors import UserError
 from ziprc.evaluation.outcomes import column, join_outcomes, response_lengths
 from ziprc.joint.bins import BinGrid
-from ziprc.joint.checkpoint import read_joint_head
+from ziprc.joint.head import read_joint_head
 from ziprc.reading.states import read_all
 from ziprc.sampling.replay import Pool, track
 from ziprc.tables.grades import GRADES

@@ -19,7 +19,8 @@ from ziprc.chat import prompt_token_ids, visible_answer
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import LIVE_POLICIES, Samples
 from ziprc.errors import UserError, nearest
-from ziprc.joint.checkpoint import load_tokenizer, read_joint_head, read_manifest
+from ziprc.joint.head import read_joint_head, read_manifest
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.sampling.controller import Budget, Controller
 from ziprc.sampling.families import PLUS, PUBLISHED, WIDE, Setting, live_setting
 from ziprc.sampling.fitting import Fitted, read_fitted

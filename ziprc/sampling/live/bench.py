@@ -11,7 +11,7 @@ from ziprc.chat import prompt_token_ids
 from ziprc.config.load import Config
 from ziprc.engines import start
 from ziprc.engines.base import Engine, settings_for
-from ziprc.joint.checkpoint import read_joint_head
+from ziprc.joint.head import read_joint_head
 from ziprc.sampling.controller import Budget
 from ziprc.sampling.families import Setting
 from ziprc.sampling.live.records import Question

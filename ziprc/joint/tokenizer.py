@@ -1,0 +1,56 @@
+"""The tokenizer of a model folder, and which ids it and the generation config can produce.
+
+Imports neither torch nor, before it must, transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from ziprc.errors import UserError
+from ziprc.joint.vocabulary import generation_ids
+from ziprc.store.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a local model folder; UserError when there is none."""
+    if not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Copy the tokenizer files of the "
+            "base model into it."
+        )
+    tokenizer = _tokenizer_class(Path(folder)).from_pretrained(folder)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # else whether this machine is offline would be saved with it
+    return tokenizer
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    """What AutoTokenizer would take; the plain class, which our own models have, without its five seconds of imports."""
+    config = folder / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.exists() else None
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend") and (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def text_ids(folder: Path) -> set[int]:
+    """Every id that the tokenizer or the generation config of a model folder can produce."""
+    if (folder / "tokenizer.json").exists():
+        used = set(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values())
+    else:
+        used = set(load_tokenizer(folder).get_vocab().values())
+    generation = folder / "generation_config.json"
+    return used | (generation_ids(SimpleNamespace(**read_json(generation))) if generation.exists() else set())
