@@ -135,8 +135,8 @@ def summary(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     from ziprc.integrations.wide import export_wide
 
-    rows = export_wide(Layout(options.home.parent, options.home.name), options.name, options.target)
-    print(f"export: wrote {rows} rollouts to {options.target}")
+    rows, left_out = export_wide(Layout(options.home.parent, options.home.name), options.name, options.target)
+    print(f"export: wrote {rows} rollouts to {options.target}, left out {left_out} without a grade or value")
     return 0
 
 

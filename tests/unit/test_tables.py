@@ -21,7 +21,7 @@ NAN = float("nan")
 
 def grade(number: int, **changes: Any) -> dict[str, Any]:
     row = {"rollout_id": f"r{number}", "grader": "exact", "score": 1.0, "status": "graded"}
-    return {**row, "extracted_answer": None, "rationale": None, **changes}
+    return {**row, "extracted_answer": None, "rationale": None, "parts": None, **changes}
 
 
 def grades(*rows: dict[str, Any]) -> pa.Table:
@@ -82,7 +82,7 @@ def test_an_unknown_status_is_refused() -> None:
 
 
 def test_a_key_that_occurs_twice_is_named() -> None:
-    with pytest.raises(UserError, match=r"'rollout_id'.*'r1'.*more than once"):
+    with pytest.raises(UserError, match=r"'rollout_id, grader'.*'r1'.*more than once"):
         GRADES.check(grades(grade(0), grade(1), grade(1)), "x")
 
 

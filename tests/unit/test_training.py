@@ -140,6 +140,12 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted() -> None:
     assert thinking.sequences.names == ["r0", "r4"]
 
 
+def test_labels_of_two_graders_are_refused() -> None:
+    twice = [{"rollout_id": "r0", "grader": g, "score": 1.0, "status": "graded"} for g in ("rule", "judge")]
+    with pytest.raises(UserError, match=r"labels: .*1 rollouts have more than one row by judge, rule"):
+        rollout_data(rollouts_table(["stop"], [[5]]), GRADES.make(twice), Head(), head_grid(), "train_joint")
+
+
 def test_values_are_joined_by_rollout_and_not_by_row() -> None:
     values = [{"rollout_id": f"r{i}", "critic": "c", "fold": 0, "value": v} for i, v in ((2, 0.9), (0, 0.1), (1, 0.6))]
     data = rollout_data(

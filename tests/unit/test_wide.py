@@ -13,6 +13,7 @@ from tests.doubles import TABLES, tiny_tables
 from ziprc.errors import UserError
 from ziprc.integrations.wide import export_wide, import_wide
 from ziprc.store.layout import Layout, manifest_of
+from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
 
@@ -23,13 +24,13 @@ def layout(tmp_path: Path) -> Layout:
     tiny_tables(layout, "train", prompts=5, samples=3, unfinished=0.3)
     ids = ROLLOUTS.read(layout.table("rollouts", "train"))["rollout_id"].to_pylist()
     rows = [{"rollout_id": r, "critic": "c", "fold": 0, "value": i / len(ids)} for i, r in enumerate(ids)]
-    VALUES.write(layout.table("values", "train"), VALUES.make(rows[:-1]))
+    VALUES.write(layout.table("values", "train"), VALUES.make(rows))
     return layout
 
 
 @pytest.fixture
 def wide(layout: Layout, tmp_path: Path) -> Path:
-    assert export_wide(layout, "train", tmp_path / "wide.parquet") == 15
+    assert export_wide(layout, "train", tmp_path / "wide.parquet") == (15, 0)
     return tmp_path / "wide.parquet"
 
 
@@ -58,6 +59,31 @@ def test_a_round_trip_keeps_every_fact(layout: Layout, wide: Path, tmp_path: Pat
         assert manifest_of(other.table(kind, "train")).exists()
     export_wide(other, "train", tmp_path / "again.parquet")
     assert pq.read_table(tmp_path / "again.parquet").equals(pq.read_table(wide))
+
+
+def test_rollouts_without_a_label_are_left_out_and_counted(layout: Layout, tmp_path: Path) -> None:
+    """The original would train a null label as a wrong answer; an unfinished response is wrong there too."""
+    grades = GRADES.read(layout.table("grades", "train")).to_pylist()
+    unfinished = [row["rollout_id"] for row in grades if row["status"] == "unfinished"]
+    blind = next(i for i, row in enumerate(grades) if row["status"] == "graded")
+    grades[blind] |= {"score": None, "status": "timeout"}
+    GRADES.write(layout.table("grades", "train"), GRADES.make(grades))
+    values = VALUES.read(layout.table("values", "train"))
+    without = next(i for i in range(15) if i != blind)
+    VALUES.write(layout.table("values", "train"), values.filter([i != without for i in range(15)]))
+    assert export_wide(layout, "train", tmp_path / "wide.parquet") == (13, 2)
+    found = pq.read_table(tmp_path / "wide.parquet")
+    assert found["correct"].null_count == found["value"].null_count == 0
+    lost = {grades[i]["rollout_id"] for i in (blind, without)}
+    assert unfinished and found["finished"].to_pylist().count(False) == len(set(unfinished) - lost)
+    assert not any(c for c, f in zip(found["correct"].to_pylist(), found["finished"].to_pylist(), strict=True) if not f)
+
+
+def test_several_grades_of_a_rollout_are_refused(layout: Layout, tmp_path: Path) -> None:
+    grades = GRADES.read(layout.table("grades", "train")).to_pylist()
+    GRADES.write(layout.table("grades", "train"), GRADES.make([*grades, grades[0] | {"grader": "judge"}]))
+    with pytest.raises(UserError, match=r"grades.train\.parquet: .*1 rollouts have more than one row by exact, judge"):
+        export_wide(layout, "train", tmp_path / "wide.parquet")
 
 
 def test_the_narrowest_file_is_enough(wide: Path, tmp_path: Path) -> None:

@@ -17,14 +17,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ziprc.errors import UserError
-from ziprc.tables.grades import GradeStatus
+from ziprc.tables.grades import GradeStatus, one_a_rollout
 from ziprc.tables.rollouts import FinishReason
 
 MOMENTS: dict[str, float] = {"start": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "end": 1.0}
 
 
 def align(table: pa.Table, ids: pa.Array, where: str) -> pa.Table:
-    """Rows of `table` in the order of `ids` (rollout ids); UserError when one is missing."""
+    """Rows of `table` in the order of `ids` (rollout ids); UserError when one is missing or is there twice."""
+    one_a_rollout(table, where)
     index = pc.index_in(ids, value_set=table["rollout_id"].combine_chunks())
     if index.null_count:
         missing = ids.filter(pc.is_null(index))[0].as_py()

@@ -2,8 +2,8 @@
 
 The original keeps one parquet file in which every stage adds a column; ours are narrow tables that join on
 `rollout_id`. Column names and dtypes are those of the original. What it cannot say is lost on the way out: scores
-between 0 and 1 (`correct` is score ≥ 0.5), why a response has no grade (an unfinished one is `False`, as there; any
-other is null), and seeds.
+between 0 and 1 (`correct` is score ≥ 0.5), seeds, and rollouts without a label (an unfinished one is `False`, as there):
+the original would train them as wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ziprc.store.files import atomic_path, output_lock
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
 from ziprc.tables.check import TableSchema
-from ziprc.tables.grades import GRADES, GradeStatus
+from ziprc.tables.grades import GRADES, GradeStatus, one_a_rollout
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 from ziprc.tables.values import VALUES
@@ -60,36 +60,43 @@ Row = dict[str, Any]
 # --- out ---------------------------------------------------------------------------------------------------------
 
 
-def export_wide(layout: Layout, name: str, target: Path) -> int:
-    """Join prompts, rollouts and, where they exist, grades and values of `name`; the number of rows."""
+def export_wide(layout: Layout, name: str, target: Path) -> tuple[int, int]:
+    """Join prompts, rollouts and, where they exist, grades and values of `name`.
+
+    The number of rows, and of rollouts that are left out because a grade or value that others have is missing.
+    """
     source = layout.table("prompts", "train" if name == "train" else "test")
     asked = PROMPTS.read(source).to_pylist()
     prompts = {row["prompt_id"]: (index, row) for index, row in enumerate(asked)}
-    grades, values = _by_rollout(layout, GRADES, name), _by_rollout(layout, VALUES, name)
     rollouts = ROLLOUTS.read(layout.table("rollouts", name)).to_pylist()
     if absent := {row["prompt_id"] for row in rollouts} - set(prompts):
         raise UserError(f"{source}: column 'prompt_id': {min(absent)} of the rollouts is missing.")
-    rows = [_wide_row(row, *prompts[row["prompt_id"]]) for row in rollouts]
-    schema = WIDE
-    if grades is not None:
-        schema = schema.append(CORRECT)
-        rows = [{**w, "correct": _correct(grades.get(r["rollout_id"]))} for w, r in zip(rows, rollouts, strict=True)]
-    if values is not None:
-        schema = schema.append(VALUE)
-        found = [values.get(r["rollout_id"], {}).get("value") for r in rollouts]
-        rows = [{**w, "value": value} for w, value in zip(rows, found, strict=True)]
+    labels = {
+        field: {row["rollout_id"]: label(row) for row in found}
+        for field, schema, label in ((CORRECT, GRADES, _correct), (VALUE, VALUES, lambda row: row["value"]))
+        if (found := _rows(layout, schema, name)) is not None
+    }
+    rows = [
+        {**_wide_row(r, *prompts[r["prompt_id"]]), **{f.name: of.get(r["rollout_id"]) for f, of in labels.items()}}
+        for r in rollouts
+    ]
+    kept = [row for row in rows if all(row[field.name] is not None for field in labels)]
     with atomic_path(target) as private:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), private, compression="zstd")
-    return len(rows)
+        pq.write_table(pa.Table.from_pylist(kept, schema=pa.schema([*WIDE, *labels])), private, compression="zstd")
+    return len(kept), len(rows) - len(kept)
 
 
-def _by_rollout(layout: Layout, schema: TableSchema, name: str) -> dict[str, Row] | None:
+def _rows(layout: Layout, schema: TableSchema, name: str) -> list[Row] | None:
     path = layout.table(schema.name, name)
-    return {row["rollout_id"]: row for row in schema.read(path).to_pylist()} if path.exists() else None
+    if not path.exists():
+        return None
+    table = schema.read(path)
+    one_a_rollout(table, str(path))
+    return table.to_pylist()
 
 
-def _correct(grade: Mapping[str, Any] | None) -> bool | None:
-    if grade is None or (grade["score"] is None and grade["status"] != GradeStatus.UNFINISHED):
+def _correct(grade: Row) -> bool | None:
+    if grade["score"] is None and grade["status"] != GradeStatus.UNFINISHED:
         return None
     return grade["score"] is not None and grade["score"] >= RIGHT_FROM
 

@@ -77,7 +77,7 @@ class TableSchema:
         return table
 
     def check(self, table: pa.Table, where: str) -> None:
-        """Raise UserError naming `where`, column and first bad rows unless `table` obeys the self."""
+        """Raise UserError naming `where`, column and first bad rows unless `table` obeys the rules."""
         for column in self.columns:
             if column.name not in table.column_names:
                 raise UserError(
@@ -95,7 +95,8 @@ class TableSchema:
             if bad:
                 _fail(where, name, bad, f"found {table[name][bad[0]].as_py()}, expected a number in [0, 1]")
         for name, allowed in self.choices.items():
-            bad = _rows_where(pc.invert(pc.is_in(table[name], value_set=pa.array(allowed, TEXT))))
+            known = pc.is_in(table[name], value_set=pa.array(allowed, TEXT))
+            bad = _rows_where(pc.and_(pc.is_valid(table[name]), pc.invert(known)))
             if bad:
                 _fail(where, name, bad, f"found '{table[name][bad[0]].as_py()}', expected one of {', '.join(allowed)}")
         if self.rule is not None:

@@ -1,4 +1,8 @@
-"""Graders' verdicts on responses: a score, or the reason why there is none."""
+"""Graders' verdicts on responses: a score, or the reason why there is none.
+
+`grader` is who decided: of rule and judge, the one whose verdict stands. Several graders may stand side by side, each in
+rows of its own; who joins on the rollout alone asks for `one_a_rollout`. `parts` is JSON text, points by criterion.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from enum import StrEnum
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ziprc.errors import UserError
 from ziprc.tables.check import TEXT, TableSchema, column
 
 
@@ -36,10 +41,25 @@ GRADES = TableSchema(
             column("status", TEXT),
             column("extracted_answer", TEXT, null=True),
             column("rationale", TEXT, null=True),
+            column("parts", TEXT, null=True),
         ]
     ),
-    key=("rollout_id",),
+    key=("rollout_id", "grader"),
     unit_range=("score",),
     choices={"status": tuple(GradeStatus)},
     rule=_score_matches_status,
 )
+
+
+def one_a_rollout(table: pa.Table, where: str) -> None:
+    """UserError when a rollout has several rows in `table`, of which a join on `rollout_id` would take any."""
+    counts = table.group_by("rollout_id").aggregate([([], "count_all")])
+    several = counts.filter(pc.greater(counts["count_all"], 1))
+    if several.num_rows:
+        graders = (
+            f" by {', '.join(sorted(pc.unique(table['grader']).to_pylist()))}" if "grader" in table.column_names else ""
+        )
+        raise UserError(
+            f"{where}: column 'rollout_id': {several.num_rows} rollouts have more than one row{graders}, for example "
+            f"{several['rollout_id'][0].as_py()}. One is expected: keep the rows of one grader in a table."
+        )

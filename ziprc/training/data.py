@@ -24,7 +24,7 @@ from ziprc.config.zip_rc import Head
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.store.digests import derived_seed
-from ziprc.tables.grades import GradeStatus
+from ziprc.tables.grades import GradeStatus, one_a_rollout
 from ziprc.tables.rollouts import FinishReason
 from ziprc.training.objectives.joint import ANY_REWARD
 
@@ -187,8 +187,9 @@ def rollout_data(
 
     Left out and counted: rollouts without a label, aborted ones, ungraded ones, those without thinking when only
     thinking is wanted, those whose prompt alone fills `max_length`, and capped ones when `unfinished` is drop.
-    Raises UserError, which names the section of the configuration, when nothing is left.
+    Raises UserError when a rollout has several labels, and, naming the section of the configuration, when nothing is left.
     """
+    one_a_rollout(labels, "The labels")
     row = pc.index_in(rollouts["rollout_id"], value_set=labels["rollout_id"].combine_chunks())
     labelled = row.is_valid().to_numpy()
     row = row.fill_null(0).to_numpy() if len(labels) else np.zeros(len(rollouts), dtype=np.int64)
