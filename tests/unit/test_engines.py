@@ -20,10 +20,12 @@ from tests.doubles import World
 from ziprc.chat import CHATML_TEMPLATE
 from ziprc.config.base import Sampling
 from ziprc.config.load import Config
-from ziprc.engines import sharding, start
+from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, Request, gaps, own_dtype, stop_token_ids, unknown_rows
 from ziprc.engines.hf import filtered, gumbel_noise, sample
+from ziprc.engines.recording import Recording, Wanted
 from ziprc.engines.taps import ReadJoint, ReadStates, TextRows, taps_of
+from ziprc.engines.workers import share_out
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import save_checkpoint
@@ -34,6 +36,7 @@ from ziprc.stages import rollouts
 from ziprc.store.digests import digest_file
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import write_manifest
+from ziprc.tables.pieces import Pieces
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
@@ -288,10 +291,10 @@ def watchdogs() -> int:
 
 def test_an_engine_that_fails_in_the_middle_of_its_work_is_closed(settings: EngineSettings, tmp_path: Path) -> None:
     before = watchdogs()
-    no_token = sharding.Wanted("p", True, 0, 1, (VOCAB_SIZE,))  # its row is outside the embedding
-    job = sharding.Job("x", "hf", settings, "base", 4, (sharding.Shard(tmp_path / "0.parquet", (no_token,)),))
+    no_token = Wanted("p", True, 0, 1, (VOCAB_SIZE,))  # its row is outside the embedding
+    job = Recording(Pieces(tmp_path, ROLLOUTS, "", [0]), "hf", settings, "base", 4)
     with pytest.raises(IndexError):
-        sharding._run_job(job)
+        job.run("x", [(0, [no_token])])
     assert watchdogs() == before
 
 
@@ -351,9 +354,9 @@ def test_the_table_holds_what_was_planned(world: Layout) -> None:
     assert tokenizer.decode(first["prompt_token_ids"]) == "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
     assert "<think>\n\n</think>" in tokenizer.decode(table["prompt_token_ids"][2].as_py())
     assert max(max(ids) for ids in table["response_token_ids"].to_pylist()) < len(tokenizer)
-    assert not (world.home / "rollouts" / ".train.shards").exists()
+    assert not (world.home / "rollouts" / ".train.pieces").exists()
     manifest = json.loads(manifest_of(world.table("rollouts", "train")).read_text())
-    assert manifest["params"]["thinking_samples"] == 2 and set(manifest["parents"]) == {"prompts", "policy"}
+    assert manifest["params"]["rollouts.thinking_samples"] == 2 and set(manifest["parents"]) == {"prompts", "policy"}
     assert table.schema.metadata.keys() >= {b"sampling", b"tokenizer"}
 
 
@@ -368,69 +371,57 @@ def test_drift_is_paired_and_many_is_many(world: Layout) -> None:
     assert tables["test-many"]["prompt_id"].to_pylist() == ["p0"] * 5 + ["p1"] * 5
 
 
-def test_an_interrupted_stage_resumes_by_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_stage_resumes_by_finished_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world(tmp_path)
     context = World(make_config(), world).context("rollouts", "test")
     rollouts.run(context)
     whole = digest_file(world.table("rollouts", "test"))
     world.table("rollouts", "test").unlink()
 
-    made: list[str] = []
-    make = sharding._make_shard
+    made: list[int] = []
+    write = Pieces.write
 
-    def two_then_killed(engine, shard, *rest):  # type: ignore[no-untyped-def]
+    def watched(self: Pieces, number: int, *rest: object) -> None:
         if len(made) == 2:
+            made.append(-1)
             raise KeyboardInterrupt
-        made.append(shard.path.name)
-        make(engine, shard, *rest)
+        made.append(number)
+        write(self, number, *rest)
 
-    work = world.home / "rollouts" / ".test.shards"
-    monkeypatch.setattr(sharding, "_make_shard", two_then_killed)
+    work = world.home / "rollouts" / ".test.pieces"
+    monkeypatch.setattr(Pieces, "write", watched)
     with pytest.raises(KeyboardInterrupt):
         rollouts.run(context)
     (work / "00009-stale.parquet").write_text("from other inputs")
     kept = {path.name: path.stat().st_mtime_ns for path in work.iterdir()}
-    assert set(made) < set(kept)
+    assert len(kept) == 5  # two pieces with their manifests
 
-    def remember(engine, shard, *rest):  # type: ignore[no-untyped-def]
-        made.append(shard.path.name)
-        make(engine, shard, *rest)
-
-    monkeypatch.setattr(sharding, "_make_shard", remember)
     rollouts.run(context)
-    assert len(made) == len(set(made)) == 4
-    assert digest_file(world.table("rollouts", "test")) == whole
+    assert made == [0, 1, -1, 2, 3]
+    assert digest_file(world.table("rollouts", "test")) == whole and not work.exists()
 
 
-def test_other_science_uses_other_shards(world: Layout) -> None:
-    tokenizer, names = byte_tokenizer(), []
-    prompt = {"prompt_id": "p", "messages": [{"role": "user", "content": "?"}]}
+def test_other_science_uses_other_pieces(world: Layout) -> None:
+    names = []
     for config in (make_config(), make_config(max_num_seqs=5), make_config().model_copy(update={"seed": 1})):
-        plan = rollouts.plan_of(config, "test")
-        wanted = [list(rollouts.wanted_of(prompt, plan, tokenizer, config.seed))]
-        digest = rollouts.digest_json([rollouts.params_of(config, "rollouts", "test")])
-        names.append(rollouts.shards_of(wanted, 2, world.home, digest)[0].path.name)
+        names.append(World(config, world).context("rollouts", "test").pieces(ROLLOUTS, [(0, 2)]).path(0).name)
     assert names[0] == names[1] != names[2]
 
 
-def test_a_shard_of_another_size_is_not_taken_over(world: Layout) -> None:
-    wanted = [[sharding.Wanted("p", True, i, i, (1,))] for i in range(4)]
-    shards = {size: sharding.shards_of(wanted, size, world.home, "same inputs") for size in (1, 2)}
-    assert not {shard.path for shard in shards[1]} & {shard.path for shard in shards[2]}
-
-
-def test_the_number_of_workers_changes_no_byte(world: Layout) -> None:
+@pytest.mark.parametrize("runtime", [{"workers": 2}, {"shard_prompts": 3}])
+def test_who_makes_the_pieces_and_how_large_they_are_changes_no_byte(world: Layout, runtime: dict[str, int]) -> None:
     digests = []
-    for workers in (1, 2):
-        rollouts.run(World(make_config(workers=workers), world).context("rollouts", "test"))
+    for own in ({}, runtime):
+        rollouts.run(World(make_config(**own), world).context("rollouts", "test"))
         digests.append(digest_file(world.table("rollouts", "test")))
     assert digests[0] == digests[1]
 
 
 def test_a_worker_that_dies_fails_the_stage(settings: EngineSettings, tmp_path: Path) -> None:
-    job = sharding.Job("worker 1", "hf", replace(settings, model=tmp_path), "base", 4, ())  # a folder without a model
-    with pytest.raises(UserError, match="worker 1 died with exit code 2"):
-        sharding._run_workers([job], [None])
+    pieces = Pieces(tmp_path, ROLLOUTS, "", [0, 1])
+    job = Recording(pieces, "hf", replace(settings, model=tmp_path), "base", 4)  # a folder without a model
+    with pytest.raises(UserError, match=r"rollouts, worker . of 2 died with exit code 2"):
+        share_out("rollouts", job.run, [(0, ()), (1, ())], 2, 1)
 
 
 def test_prompts_that_do_not_fit_are_refused_with_the_numbers(world: Layout) -> None:
@@ -443,7 +434,7 @@ def test_prompts_that_do_not_fit_are_refused_with_the_numbers(world: Layout) -> 
 
 @pytest.mark.parametrize("name", ["tset", "test-zipcr", "base"])
 def test_an_unknown_table_is_refused(world: Layout, name: str) -> None:
-    with pytest.raises(UserError, match="There is no rollouts table"):
+    with pytest.raises(UserError, match=f"rollouts has no '{name}'"):
         rollouts.run(World(make_config(), world).context("rollouts", name))
 
 

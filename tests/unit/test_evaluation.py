@@ -42,7 +42,7 @@ from ziprc.pages.summary import summary
 from ziprc.pages.zip_rc import findings
 from ziprc.reading import states as states_module
 from ziprc.reading.logits import Reading, kl_drift, token_scores
-from ziprc.reading.states import JointReader, pieces, read_all, read_states, states_table, token_pairs
+from ziprc.reading.states import JointReader, read_all, read_states, states_table, token_pairs, token_ranges
 from ziprc.stages import baselines, evaluate, introspection, prompts, report, values
 from ziprc.stages.context import perform
 from ziprc.store.digests import digest_file
@@ -254,6 +254,13 @@ def test_a_missing_grade_is_refused_by_name():
         align(grades.slice(1), rollouts["rollout_id"].combine_chunks(), "grades")
 
 
+def test_a_rollout_with_grades_of_two_graders_is_refused_and_not_one_of_them_taken():
+    rollouts, grades = graded(["graded"] * 3, ["stop"] * 3)
+    second = GRADES.make([grades.to_pylist()[0] | {"grader": "judge", "score": 0.0}])
+    with pytest.raises(UserError, match=r"here: .*1 rollouts have more than one row by exact, judge, for example r2"):
+        join_outcomes(rollouts, pa.concat_tables([grades, second]), "here")
+
+
 def test_moments_of_short_responses_stay_inside():
     assert moment_positions(np.array([1, 2, 8])).tolist() == [[0] * 5, [0, 0, 1, 1, 1], [0, 2, 4, 6, 7]]
 
@@ -272,7 +279,7 @@ def random_states(lengths: list[int]) -> tuple[pa.Array, list[Reading]]:
 
 
 def shuffled_file(folder: Path, table: pa.Table) -> Path:
-    """The rows of a states table in another order, written behind the back of `write_states`."""
+    """The rows of a states table in another order, written behind the back of the stage."""
     pq.write_table(table.take(pa.array(np.random.default_rng(1).permutation(table.num_rows))), folder / "ziprc.parquet")
     return folder / "ziprc.parquet"
 
@@ -316,11 +323,11 @@ def test_a_states_table_of_other_rollouts_is_refused(tmp_path: Path):
             read(np.array([3, 2]), 7)
 
 
-def test_pieces_cover_all_rows_once_in_order():
+def test_ranges_cover_all_rows_once_in_order():
     rollouts, _ = graded(["graded"] * 9, ["stop"] * 9)
-    parts = list(pieces(rollouts, tokens=10))
-    assert pa.concat_tables(parts).equals(rollouts)
-    assert len(parts) > 2 and parts[-1].num_rows == 1
+    ranges = token_ranges(rollouts, tokens=10)
+    assert [row for start, stop in ranges for row in range(start, stop)] == list(range(9))
+    assert len(ranges) > 2 and ranges[-1] == (8, 9)
 
 
 # --- full-vocabulary quantities --------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ class Bench:
         for path in (self.target, self.manifest, self.layout.provenance(self.stage, self.name)):
             if path.is_file():
                 path.unlink()
-        for kept in (f".{self.target.name}.training", f".{self.target.stem}.shards"):
+        for kept in (f".{self.target.name}.training", f".{self.target.stem}.pieces"):
             shutil.rmtree(self.target.parent / kept, ignore_errors=True)
 
     def check_partial(self) -> None:

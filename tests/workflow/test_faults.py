@@ -147,22 +147,22 @@ def test_a_damaged_input_is_named_and_nothing_is_made_from_it(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("stage", ["rollouts"])
-def test_a_damaged_shard_of_an_earlier_try_is_made_again(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    shards = bench.target.parent / f".{bench.target.stem}.shards"
+def test_a_damaged_piece_of_an_earlier_try_is_made_again(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = bench.target.parent / f".{bench.target.stem}.pieces"
     for _ in range(faults.TRIES):
         running = bench.start()
-        running.until(lambda: any(shards.glob("*.manifest.json")))
+        running.until(lambda: any(pieces.glob("*.manifest.json")))
         running.kill_all()
-        if any(shards.glob("*.manifest.json")):
+        if any(pieces.glob("*.manifest.json")):
             break
         bench.forget()  # it was done before it could be killed
-    shard = next(shards.glob("*.manifest.json")).with_suffix("").with_suffix(".parquet")
-    data = bytearray(shard.read_bytes())
-    data[random.Random(f"{SEED}/shard").randrange(len(data))] ^= 8
-    shard.write_bytes(data)
+    piece = next(pieces.glob("*.manifest.json")).with_suffix("").with_suffix(".parquet")
+    data = bytearray(piece.read_bytes())
+    data[random.Random(f"{SEED}/piece").randrange(len(data))] ^= 8
+    piece.write_bytes(data)
     make(bench)
     bench.check_final()
-    assert f"{shard} is damaged and is made again" in capsys.readouterr().err
+    assert f"{piece} is damaged and is made again" in capsys.readouterr().err
 
 
 # --- processes ---
@@ -195,7 +195,7 @@ def test_a_clock_that_jumps_changes_no_byte(trial: tuple[str, str], trials: Tria
 
 
 @every("lose-workers", ["rollouts"])
-def test_a_lost_worker_is_named_and_finished_shards_are_kept(trial: tuple[str, str], trials: Trials) -> None:
+def test_a_lost_worker_is_named_and_finished_pieces_are_kept(trial: tuple[str, str], trials: Trials) -> None:
     trials[trial].result()
 
 

@@ -45,7 +45,7 @@ def wait_for(happens: Callable[[], bool], process: subprocess.Popen[bytes], seco
 
 
 MOMENTS = {
-    "rollouts": lambda home: lambda: any((home / "rollouts").glob(".train.shards/*")),
+    "rollouts": lambda home: lambda: any((home / "rollouts").glob(".train.pieces/*")),
     "training": lambda home: lambda: any((home / "checkpoints").glob(".*.training/**/checkpoint-*")),
     "grading": lambda home: lambda: (home / "grades" / ".train.parquet.lock").exists(),
 }

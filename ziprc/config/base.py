@@ -86,7 +86,7 @@ class Runtime(Section):
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one copy of the policy")
     judge_tensor_parallel: int = Field(1, ge=1, description="GPUs that share one copy of the judge")
     max_num_seqs: int = Field(256, ge=1, description="responses in flight per engine")
-    shard_prompts: int = Field(512, ge=1, description="prompts per shard of rollouts; a kill loses those in the making")
+    shard_prompts: int = Field(512, ge=1, description="prompts per piece of rollouts; a kill loses those in the making")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes")
     kv_cache_gib: int = Field(1, ge=1, description="GiB of keys and values that a vLLM engine on the CPU holds")
     enforce_eager: bool = Field(True, description="vLLM without compilation: starts sooner, decodes slower")

@@ -3,7 +3,7 @@
 A hung collective, a dead worker or a stuck driver would otherwise hold a node until the scheduler's own limit. A thread
 ends the process while the interpreter still runs. It counts its own looks, not the clock, so a job that the scheduler
 suspends is not taken for one that hangs. For a hang that holds the interpreter's lock, C code of `faulthandler` does it,
-later and by the clock. Either way every thread's stack is in the log, finished shards are kept, and the kernel
+later and by the clock. Either way every thread's stack is in the log, finished pieces are kept, and the kernel
 releases the output's lock. Nothing is watched between steps. Imports no torch.
 """
 
@@ -63,7 +63,7 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.__stderr__)
         print(
             f"{self.what}: one step of the engine has taken more than {self.limit_s:g} s (runtime.stall_limit_s), so the "
-            "process ends itself; the stacks above show where it hangs. Finished shards are kept: run the same command "
+            "process ends itself; the stacks above show where it hangs. Finished pieces are kept: run the same command "
             "again. If a step may take that long, raise runtime.stall_limit_s.",
             file=sys.__stderr__,
             flush=True,

@@ -22,8 +22,8 @@ from ziprc.joint.head import JointHead
 class TokenPair:
     """Prompt and response ids of one rollout."""
 
-    prompt: Sequence[int]
-    response: Sequence[int]
+    prompt: Sequence[int] | NDArray[np.int32]
+    response: Sequence[int] | NDArray[np.int32]
 
 
 def body_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -58,8 +58,10 @@ def labelled_states(
     lengths = [len(pair.prompt) + len(pair.response) for pair in pairs]
     for batch in batches_by_tokens(lengths, token_budget):
         own = [pairs[i] for i in batch]
-        inputs = [torch.tensor([*pair.prompt, *pair.response[:-1]]) for pair in own]  # after the last token, no label
-        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
+        inputs = [np.concatenate([pair.prompt, pair.response[:-1]]) for pair in own]  # after the last token, no label
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(row.astype(np.int64)) for row in inputs], batch_first=True
+        )
         mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in inputs])[:, None]).long()
         states = body_states(model, ids.to(model.device), mask.to(model.device))
         yield batch, [of[len(p.prompt) - 1 :][: len(p.response)] for of, p in zip(states, own, strict=True)]

@@ -69,7 +69,7 @@ def _score_batch(
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
     """Log-probabilities and entropies [m] of every rollout of a batch, from its states [m, D]."""
     states = torch.cat(list(rows))
-    tokens = torch.cat([torch.tensor(response) for response in responses]).to(states.device)
+    tokens = torch.from_numpy(np.concatenate(responses).astype(np.int64)).to(states.device)
     parts = [_score_chunk(s, weight, t) for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)]
     log_prob, entropy = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return split_by_rollout(log_prob, rows), split_by_rollout(entropy, rows)

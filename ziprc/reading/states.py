@@ -2,7 +2,7 @@
 
 The state at position j emits response token j: its row holds the joint before that token, the token's log-probability
 and the entropy of the distribution it was drawn from (untempered, text rows only). Written rollout by rollout in the
-order of the rollouts table, whatever the batching, one row group per piece. Read without trusting that order: each row
+order of the rollouts table, whatever the batching. Read without trusting that order: each row
 is put where its rollout and position say. Every piece is checked against the schema on write and on read. Expectations
 are computed from float32 before the joint is stored as float16. `read_states` keeps the joints of a few moments,
 `read_all` everything, for samplers that are replayed.
@@ -28,9 +28,7 @@ from ziprc.joint.checkpoint import load_model
 from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.head import JointHead, read_joint_head
 from ziprc.joint.readout import TokenPair, read_joint
-from ziprc.progress import progress
 from ziprc.reading.logits import Reading, read_everything
-from ziprc.store.files import atomic_path
 from ziprc.tables.introspection import INTROSPECTION
 
 PIECE_TOKENS = 1 << 18  # response tokens per piece: about 120 MiB of joints at 112 cells
@@ -66,20 +64,25 @@ class JointReader:
 
 
 def token_pairs(rollouts: pa.Table) -> list[TokenPair]:
-    """Prompt and response ids of every row."""
-    columns = (rollouts[name].to_pylist() for name in ("prompt_token_ids", "response_token_ids"))
+    """Prompt and response ids of every row, as views of flat arrays."""
+    columns = []
+    for name in ("prompt_token_ids", "response_token_ids"):
+        ids = rollouts[name].combine_chunks()
+        ends = np.cumsum(pc.list_value_length(ids).to_numpy())
+        columns.append(np.split(ids.flatten().to_numpy(), ends[:-1]))
     return [TokenPair(prompt, response) for prompt, response in zip(*columns, strict=True)]
 
 
-def pieces(rollouts: pa.Table, tokens: int = PIECE_TOKENS) -> Iterator[pa.Table]:
-    """Consecutive rows of the rollouts table with about `tokens` response tokens each."""
+def token_ranges(rollouts: pa.Table, tokens: int = PIECE_TOKENS) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive rows of the rollouts table with about `tokens` response tokens each."""
     ends = np.cumsum(pc.list_value_length(rollouts["response_token_ids"]).to_numpy())
-    start = 0
+    found, start = [], 0
     while start < rollouts.num_rows:
         before = ends[start - 1] if start else 0
         stop = max(int(np.searchsorted(ends, before + tokens, side="right")), start + 1)
-        yield rollouts.slice(start, stop - start)
+        found.append((start, stop))
         start = stop
+    return found
 
 
 def states_table(rollout_ids: pa.Array, readings: Sequence[Reading], grid: BinGrid) -> pa.Table:
@@ -101,24 +104,6 @@ def states_table(rollout_ids: pa.Array, readings: Sequence[Reading], grid: BinGr
         },
         schema=INTROSPECTION.columns,
     )
-
-
-def write_states(target: Path, rollouts: pa.Table, reader: JointReader, token_budget: int, chunk: int) -> int:
-    """Read every labelled state and write the table atomically; returns the number of states."""
-    count = 0
-    with (
-        atomic_path(target) as private,
-        pq.ParquetWriter(private, INTROSPECTION.columns, compression="zstd", write_page_checksum=True) as writer,
-        progress(rollouts.num_rows, f"introspection {target.stem}", "rollouts") as bar,
-    ):
-        for piece in pieces(rollouts):
-            readings = reader.readings(token_pairs(piece), token_budget, chunk)
-            table = states_table(piece["rollout_id"].combine_chunks(), readings, reader.joint.grid)
-            INTROSPECTION.check(table, str(target))
-            writer.write_table(table)
-            count += table.num_rows
-            bar.update(piece.num_rows)
-    return count
 
 
 @dataclass(frozen=True)

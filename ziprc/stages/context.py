@@ -28,11 +28,13 @@ from ziprc.errors import Stopped, UserError
 from ziprc.plan.graph import Graph
 from ziprc.plan.provenance import Clock, is_current, recipe_of, write_record
 from ziprc.plan.stage import Ref
+from ziprc.store.digests import digest_json
 from ziprc.store.files import disk_errors_explained, output_lock
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.store.manifest import require_intact, write_manifest
 from ziprc.systems import graph_of
 from ziprc.tables.check import TableSchema
+from ziprc.tables.pieces import Pieces, pieces_folder
 from ziprc.tables.prompts import PROMPTS, check_disjoint
 
 EXIT_USER_ERROR = 2
@@ -83,6 +85,10 @@ class Context:
     def write_manifest(self) -> None:
         """Describe the file that the stage has just written: digest, params, digests of its parents."""
         write_manifest(self.target, self.params, self.reads)
+
+    def pieces(self, schema: TableSchema, parts: Sequence[Any]) -> Pieces:
+        """The artifact in pieces, kept under what it follows from; the inputs have to be there."""
+        return Pieces(pieces_folder(self.target), schema, digest_json(recipe_of(self.graph, self.ref)), parts)
 
 
 Run = Callable[[Context], str]

@@ -7,12 +7,15 @@ the pool of that name with the head that sampled it: what an adaptive sampler wo
 from __future__ import annotations
 
 from ziprc.evaluation.outcomes import response_lengths
-from ziprc.reading.states import JointReader, write_states
+from ziprc.progress import progress
+from ziprc.reading.states import JointReader, states_table, token_pairs, token_ranges
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.files import require_space
+from ziprc.tables.introspection import INTROSPECTION
 from ziprc.tables.rollouts import ROLLOUTS
 
 SCALAR_BYTES = 20  # five numbers beside the joint
+COPIES = 2  # the pieces and the table
 
 
 def run(context: Context) -> str:
@@ -20,9 +23,17 @@ def run(context: Context) -> str:
     rollouts = ROLLOUTS.read(context.reads["rollouts"])
     reader = JointReader.open(context.reads["checkpoint"], config.introspection.dtype)
     per_state = 2 * reader.joint.grid.size + SCALAR_BYTES
-    require_space(target.parent, int(response_lengths(rollouts).sum()) * per_state)
-    states = write_states(target, rollouts, reader, config.runtime.forward_tokens, config.runtime.position_chunk)
+    require_space(target.parent, COPIES * int(response_lengths(rollouts).sum()) * per_state)
+    pieces = context.pieces(INTROSPECTION, token_ranges(rollouts))
+    missing = {number: rollouts.slice(a, b - a) for number in pieces.missing() for a, b in [pieces.parts[number]]}
+    with progress(sum(map(len, missing.values())), f"introspection {context.name}", "rollouts") as bar:
+        for number, part in missing.items():
+            readings = reader.readings(token_pairs(part), config.runtime.forward_tokens, config.runtime.position_chunk)
+            pieces.write(number, states_table(part["rollout_id"].combine_chunks(), readings, reader.joint.grid))
+            bar.update(len(part))
+    states = pieces.merge(target)
     context.write_manifest()
+    pieces.remove()
     return f"wrote {states} states of {rollouts.num_rows} rollouts to {target}"
 
 

@@ -3,13 +3,14 @@
 `train` and `test` are sampled from `checkpoints/base`; `test-many` gives the first test prompts many rollouts, for the
 empirical joint; `test-<checkpoint>` samples the test prompts from that checkpoint. `validation-ziprc` and `test-ziprc` are
 pools: `pool_samples` recorded responses per prompt, on which adaptive samplers are replayed. Seeds follow from (run seed,
-prompt, thinking, index) and not from the policy, so that drift is a paired comparison. Shards: engines/sharding.py.
+prompt, thinking, index) and not from the policy, so that drift is a paired comparison.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,20 @@ import pyarrow.compute as pc
 from ziprc.chat import prompt_token_ids
 from ziprc.config.load import Config
 from ziprc.engines.base import EngineSettings, settings_for
-from ziprc.engines.sharding import Wanted, drop_stale, make_shards, shards_of
+from ziprc.engines.recording import Recording, Wanted
+from ziprc.engines.workers import share_out
 from ziprc.errors import UserError
 from ziprc.joint.head import read_joint_head, read_manifest
 from ziprc.joint.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed, digest_file, digest_json
 from ziprc.store.files import require_space
-from ziprc.store.manifest import manifest_digests
 from ziprc.systems.shared import RolloutsOf
+from ziprc.tables.pieces import cut
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
-BYTES_PER_TOKEN = 6  # of id and text, compressed, in the shards and in the merged table
+BYTES_PER_TOKEN = 6  # of id and text, compressed, in the pieces and in the merged table
 
 
 def wanted_of(prompt: dict[str, Any], of: RolloutsOf, tokenizer: Any, seed: int) -> Iterator[Wanted]:
@@ -75,7 +77,7 @@ def _tokenizer_digest(folder: Path) -> str:
 
 def run(context: Context) -> str:
     config, of, target, params = context.config, context.variant, context.target, context.params
-    policy = context.reads["policy"]
+    policy, own = context.reads["policy"], context.config.rollouts
 
     prompts = PROMPTS.read(context.reads["prompts"]).slice(0, of.limit).to_pylist()
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
@@ -83,32 +85,24 @@ def run(context: Context) -> str:
     wanted = [list(wanted_of(prompt, of, tokenizer, config.seed)) for prompt in prompts]
     check_fit(wanted, config)
     settings = engine_settings(config, policy, tokenizer)
-    require_space(target.parent, sum(map(len, wanted)) * config.rollouts.max_new_tokens * BYTES_PER_TOKEN)
+    require_space(target.parent, sum(map(len, wanted)) * own.max_new_tokens * BYTES_PER_TOKEN)
 
-    digest = digest_json([params, manifest_digests(context.reads)])
-    work = target.parent / f".{target.stem}.shards"
-    shards = shards_of(wanted, config.runtime.shard_prompts, work, digest)
-    drop_stale(work, shards)
-    make_shards(
-        shards,
-        f"rollouts {context.name}",
-        config.rollouts.engine,
-        config.runtime.workers,
-        settings,
-        of.policy.name,
-        config.rollouts.max_new_tokens,
-    )
-    table = pa.concat_tables(ROLLOUTS.read(shard.path) for shard in shards)
+    pieces = context.pieces(ROLLOUTS, cut(len(wanted), config.runtime.shard_prompts))
+    parts = [(n, list(itertools.chain(*wanted[slice(*pieces.parts[n])]))) for n in pieces.missing()]
+    job = Recording(pieces, own.engine, settings, of.policy.name, own.max_new_tokens)
+    share_out(f"rollouts {context.name}", job.run, parts, config.runtime.workers, settings.tensor_parallel)
+    seen = Counter[str]()
+
+    def count(table: pa.Table) -> pa.Table:
+        seen["tokens"] += pc.sum(pc.list_value_length(table["response_token_ids"])).as_py()
+        seen["finished"] += pc.sum(pc.equal(table["finish_reason"], FinishReason.STOP.value)).as_py()
+        return table
+
     metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
-    context.write(ROLLOUTS, table, metadata)
-    shutil.rmtree(work)
-    return _closing_line(table, target)
-
-
-def _closing_line(table: pa.Table, target: Path) -> str:
-    tokens = pc.sum(pc.list_value_length(table["response_token_ids"])).as_py()
-    finished = pc.mean(pc.equal(table["finish_reason"], FinishReason.STOP.value)).as_py()
-    return f"wrote {table.num_rows} rollouts of {tokens} tokens, {finished:.1%} finished, to {target}"
+    rows = pieces.merge(target, metadata, count)
+    context.write_manifest()
+    pieces.remove()
+    return f"wrote {rows} rollouts of {seen['tokens']} tokens, {seen['finished'] / rows:.1%} finished, to {target}"
 
 
 if __name__ == "__main__":

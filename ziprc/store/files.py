@@ -47,7 +47,7 @@ def disk_errors_explained(home: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT) or free < LITTLE_BYTES:
             raise UserError(
                 f"The disk of {home} is full ({free / 2**20:.1f} MiB free; {type(error).__name__}: {error}). Nothing was "
-                "left half-written, and finished shards and training states are kept. Free some space, then run the same "
+                "left half-written, and finished pieces and training states are kept. Free some space, then run the same "
                 "command again."
             ) from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
