@@ -28,6 +28,10 @@ from ziprc.joint.checkpoint import save_checkpoint
 from ziprc.joint.head import JointHead
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.plan.stage import Ref
+from ziprc.sampling.fitting import Calibration, Fitted
+from ziprc.sampling.policies.zip_rc import JointCalibration
+from ziprc.sampling.score import Logistic, Stages
+from ziprc.sampling.selection import VoteModel
 from ziprc.stages.context import Context
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
@@ -93,6 +97,16 @@ def tiny_checkpoint(folder: Path, joint: bool = True, seed: int = 0, grid: BinGr
     head = JointHead(derive_layout(tokenizer, ROWS, grid.size, model.generation_config), grid) if joint else None
     save_checkpoint(folder, model, tokenizer, {"params": {"seed": seed}, "parents": {}}, head)
     return folder
+
+
+def even(inputs: int) -> Logistic:
+    """P(right) = 0.3, whatever it sees."""
+    return Logistic((0.0,) * inputs, (1.0,) * inputs, (0.0,) * (inputs + inputs * (inputs + 1) // 2), -0.85)
+
+
+def tiny_fitted() -> Fitted:
+    """A calibration that finds all branches alike."""
+    return Fitted(GRID, Calibration(Stages((even(9),)), even(9), VoteModel(), 2.0), JointCalibration(), even(7))
 
 
 def small_qwen3(folder: Path, rows: int) -> Path:

@@ -10,19 +10,22 @@ within this run are all that means anything.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from ziprc.config.load import load
+from ziprc.evaluation.samplers.decisions import decision_table, live_record, ungraded_answers, with_grades
 from ziprc.joint.head import read_joint_head
 from ziprc.joint.tokenizer import load_tokenizer
+from ziprc.rewards.grading import VERDICTS, grade_answers, parts_of
 from ziprc.sampling.families import PLUS, live_setting
 from ziprc.sampling.fitting import read_fitted
-from ziprc.sampling.live.bench import open_engine, questions_of
-from ziprc.stages.samples import Bench, grade
+from ziprc.sampling.live.bench import open_engine, play, questions_of
 from ziprc.store.files import read_json
 from ziprc.store.layout import Layout
+from ziprc.tables.pieces import Pieces
 from ziprc.tables.prompts import PROMPTS
 
 
@@ -44,18 +47,22 @@ def main() -> None:
         "adaptive": live_setting(options.policy, options.budget, frontier, fitted),
         "vote": live_setting("majority", options.votes, frontier, fitted),
     }
-    prompts = PROMPTS.read(layout.table("prompts", "test")).slice(0, options.prompts).to_pylist()
+    asked = PROMPTS.read(layout.table("prompts", "test")).slice(0, options.prompts).to_pylist()
+    prompts = {prompt["prompt_id"]: prompt for prompt in asked}
     tokenizer = load_tokenizer(folder)
     seen: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in settings}
     with open_engine(config, folder, tokenizer) as engine:
-        bench = Bench(engine, questions_of(prompts, tokenizer, config), prompts, config, tokenizer)
+        questions = questions_of(list(prompts.values()), tokenizer, config)
         for pair in range(options.pairs):
             for name in sorted(settings, reverse=bool(pair % 2)):
-                book = bench.book()
-                run = bench.play(settings[name], len(prompts), config.samples.in_flight, f"{pair} {name}", book)
-                scores = grade(run.answers, prompts, book, config).answers
-                right = np.mean([scores.get((a.index, a.slot), ("", 0.0))[1] for a in run.answers])
-                tokens = np.mean([a.tokens for a in run.answers])
+                setting, flights = settings[name], config.samples.in_flight
+                run = play(engine, config, tokenizer, questions, setting, flights, f"{pair} {name}")
+                table = decision_table(run.answers, run.texts, setting, "live")
+                with tempfile.TemporaryDirectory() as folder:
+                    pieces = Pieces(Path(folder), VERDICTS, "", parts_of(ungraded_answers(table)))
+                    verdicts = grade_answers(config, prompts, pieces)
+                record = live_record(with_grades(table, verdicts), {}, 10, 0.95)["live"]
+                right, tokens = record["accuracy"]["value"], record["tokens"]
                 timing = run.timing
                 seen[name].append((right, tokens, timing.total_s, timing.deciding_s / timing.total_s))
     table = {name: np.array(rows) for name, rows in seen.items()}

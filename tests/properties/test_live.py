@@ -562,6 +562,14 @@ def test_an_answer_that_cannot_be_read_fails_its_prompt_only(calm: Case) -> None
     assert not session.rows
 
 
+def test_a_broken_invariant_of_ours_ends_the_run_and_is_no_failure_of_a_prompt(calm: Case) -> None:
+    def broken(session: ScriptedSession) -> None:
+        assert not session.rows, "our own bug"
+
+    with pytest.raises(AssertionError, match="our own bug"):
+        played(calm, ScriptedSession(calm.script, fail=broken))
+
+
 # --- what is refused, and what is told ------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ziprc.rewards.base import Question
+from ziprc.rewards.base import Item
 from ziprc.rewards.countdown import CountdownGrader
 from ziprc.rewards.exact import ExactGrader, canonical_integer
 from ziprc.rewards.judge import as_data
@@ -18,13 +18,13 @@ def test_canonical_integers_are_those_of_python(number: int) -> None:
 
 @given(st.integers(), st.integers())
 def test_exact_is_equality_of_integers(answer: int, said: int) -> None:
-    grade = ExactGrader().grade([Question((), f"<think>{answer}</think>{said}", str(answer))])[0]
+    grade = ExactGrader().grade([Item((), f"<think>{answer}</think>{said}", str(answer))])[0]
     assert grade.score == float(answer == said)
 
 
 @given(st.text(max_size=60))
 def test_no_text_breaks_a_rule_grader(text: str) -> None:
-    question = Question((), text, "12", {"numbers": [3, 4], "target": 12})
+    question = Item((), text, "12", {"numbers": [3, 4], "target": 12})
     assert ExactGrader().grade([question])[0].score in (0.0, 1.0)
     assert CountdownGrader().grade([question])[0].score in (0.0, 1.0)
 

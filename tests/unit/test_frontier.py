@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from tests.unit.test_sampling import GRID, planted
 from ziprc.config.zip_rc import Frontier
 from ziprc.evaluation.bootstrap import Resampling
 from ziprc.evaluation.samplers import record as module
-from ziprc.evaluation.samplers.decisions import Asked, decision_table, live_record
+from ziprc.evaluation.samplers.decisions import decision_table, live_record, ungraded_answers, with_grades
 from ziprc.evaluation.samplers.frontier import (
     Costs,
     Family,
@@ -35,6 +36,8 @@ from ziprc.evaluation.samplers.frontier import (
 )
 from ziprc.evaluation.samplers.pools import RecordedPool
 from ziprc.evaluation.samplers.record import arena, sampling_record, sweep_of
+from ziprc.rewards.base import Verdict, ungraded
+from ziprc.rewards.base import graded as grade
 from ziprc.sampling.controller import NONE, Budget, Controller, Policy
 from ziprc.sampling.families import PLUS, PUBLISHED, Setting, ablations, competitors, live_setting, ours, single
 from ziprc.sampling.fitting import Fitted
@@ -46,6 +49,7 @@ from ziprc.sampling.policies.pruning import ValuePruning
 from ziprc.sampling.policies.zip_rc_plus import ZipRCPlus
 from ziprc.sampling.replay import pool_orders
 from ziprc.sampling.tree import ROOT, Status, Trees
+from ziprc.tables.grades import GradeStatus
 
 ROUNDED = 2e-6  # differences of numbers with six decimals
 
@@ -345,18 +349,21 @@ def live(policy: Policy, interval: int = 3, slots: int = LIVE_BRANCHES, fail: An
     return sorted(found, key=lambda one: one.index)
 
 
-def graded(answers: Sequence[Answered]) -> Asked:
-    """Text and score of every finished branch that has an answer: 0 is right."""
+def graded(answers: Sequence[Answered], policy: Policy, interval: int, budget: str = "2") -> pa.Table:
+    """Decisions, and grades of every finished branch that has an answer: 0 is right."""
     said = {
         (a.index, slot): int(a.decisions[-1].trees.answer[0, slot])
         for a in answers
+        if a.decisions
         for slot in np.flatnonzero(a.decisions[-1].trees.finished[0]).tolist()
     }
-    return Asked({key: (str(number), float(number == 0)) for key, number in said.items() if number >= 0})
+    texts = {key: str(number) for key, number in said.items() if number >= 0}
+    table = decision_table(answers, texts, Setting(policy, interval), budget)
+    return with_grades(table, {pair: Verdict("exact", grade(pair[1] == "0")) for pair in ungraded_answers(table)})
 
 
 def table_of(policy: Policy, answers: Sequence[Answered], interval: int = 3) -> pa.Table:
-    return decision_table(answers, graded(answers), Setting(policy, interval), "2")
+    return graded(answers, policy, interval)
 
 
 POLICIES: dict[str, Policy] = {
@@ -505,17 +512,51 @@ def test_every_branch_was_started_or_branched_once():
 def test_budgets_are_told_apart():
     policy = POLICIES["majority"]
     answers = live(policy)
-    first, second = (
-        decision_table(a, graded(a), Setting(policy, 3), k) for k, a in (("2", answers), ("4", answers[:5]))
-    )
+    first, second = graded(answers, policy, 3, "2"), graded(answers[:5], policy, 3, "4")
     found = live_record(pa.concat_tables([first, second]), {}, 10, 0.95)
     assert {budget: one["prompts"] for budget, one in found.items()} == {"2": ASKED, "4": 5}
 
 
-def test_a_prompt_that_failed_is_wrong_and_not_missing():
+def test_a_prompt_that_failed_is_wrong_and_not_missing_and_its_tokens_are_paid():
     policy = POLICIES["majority"]
     answers = live(policy, fail=fail_on(2, named=True))
-    assert [a.index for a in answers if a.error] == [2]
-    found = live_record(table_of(policy, answers), {}, 10, 0.95)["2"]
+    assert [a.index for a in answers if a.error] == [2] and answers[2].tokens >= 5
+    table = table_of(policy, answers)
+    found = live_record(table, {}, 10, 0.95)["2"]
     right = [a.error is None and int(a.decisions[-1].trees.answer[0, a.slot]) == 0 for a in answers]
     assert found["prompts"] == ASKED and found["accuracy"]["value"] == pytest.approx(np.mean(right), abs=ROUNDED)
+    for cost, spent in {"tokens": "tokens", "prefill": "prefill", "latency": "latency"}.items():
+        assert found[cost] == pytest.approx(np.mean([getattr(a, spent) for a in answers])), cost
+    mine = table.filter(pc.equal(table["prompt_id"], answers[2].question.key)).to_pylist()
+    assert [row["action"] for row in mine].count("failed") == 1 and "stop" not in {row["action"] for row in mine}
+    assert mine[-1]["error"] == answers[2].error and mine[-1]["tokens_spent"] == answers[2].tokens
+
+
+def test_a_prompt_that_fails_before_its_first_decision_is_in_the_record():
+    """Two asked, one of which fails at its first token: half is right, when the other is."""
+    ok = next(a for a in live(POLICIES["majority"]) if int(a.decisions[-1].trees.answer[0, a.slot]) == 0)
+    lost = replace(ok, index=1, question=replace(ok.question, key="other"), branches=(), slot=NONE, probability=0.0)
+    failed = replace(lost, tokens=1, prefill=9, latency=1, decisions=[], error="Prompt other: no luck", lost=40)
+    table = table_of(POLICIES["majority"], [replace(ok, index=0), failed])
+    found = live_record(table, {}, 10, 0.95)["2"]
+    assert (found["prompts"], found["failed"], found["accuracy"]["value"]) == (2, 1, 0.5)
+    assert found["tokens"] == (ok.tokens + 1 + 40) / 2 and found["prefill"] == (ok.prefill + 9) / 2
+    assert table.to_pylist()[-1]["lost"] == 40 and table.to_pylist()[-1]["error"] == "Prompt other: no luck"
+
+
+def test_what_no_grader_could_tell_is_left_out_and_counted_and_never_wrong():
+    policy = POLICIES["majority"]
+    answers = live(policy)
+    plain = table_of(policy, answers)
+    pairs = sorted(ungraded_answers(plain))
+    blind = pairs[0][0]  # one of this prompt's answers times out
+    verdicts = {pair: Verdict("exact", grade(pair[1] == "0")) for pair in pairs}
+    table = with_grades(plain, verdicts | {pairs[0]: Verdict("judge", ungraded(GradeStatus.TIMEOUT))})
+    rows = [row for row in table.to_pylist() if (row["prompt_id"], row["answer"]) == pairs[0]]
+    assert rows and {(row["score"], row["grade_status"]) for row in rows} == {(None, "timeout")}
+    found = live_record(table, {}, 10, 0.95)["2"]
+    others = [a for a in answers if a.question.key != blind]
+    right = [int(a.decisions[-1].trees.answer[0, a.slot]) == 0 for a in others]
+    assert (found["prompts"], found["ungraded"], found["failed"]) == (ASKED - 1, 1, 0)
+    assert found["accuracy"]["value"] == pytest.approx(np.mean(right), abs=ROUNDED)
+    assert found["tokens"] == pytest.approx(np.mean([a.tokens for a in others]))

@@ -236,15 +236,15 @@ def test_live_runs_are_a_table_with_what_failed_and_what_was_timed(record: dict[
     assert "Live on the engine" not in page
     full = {
         "accuracy": {"value": 0.74, "low": 0.7, "high": 0.78}, "tokens": 81.0, "prefill": 12.5, "latency": 60.0,
-        "samples": 2.5, "prompts": 1000, "failed": 0, "actions": {"start": 2.5, "<pause>": 1},
+        "samples": 2.5, "prompts": 1000, "failed": 0, "ungraded": 0, "actions": {"start": 2.5, "<pause>": 1},
         "together": {"total_s": 50.0, "deciding_s": 1.0}, "one_by_one": {"total_s": 9.5}, "alone": 16,
     }  # fmt: skip
     untimed = {key: value for key, value in full.items() if key not in ("together", "one_by_one")}
-    runs = {"zip-rc-plus": {"2": full}, "majority": {"2": untimed | {"failed": 3}}}
+    runs = {"zip-rc-plus": {"2": full}, "majority": {"2": untimed | {"failed": 3, "ungraded": 2}}}
     table = shown(record, runs).partition("Live on the engine")[2]
     assert "<td>50.0 s<small>1,000 prompts</small></td><td>9.5 s<small>16 prompts</small></td><td>2.0</td>" in table
     assert "start 2.50<br>&lt;pause&gt; 1" in table
-    assert "3 failed" in table and "<td>–</td><td>–</td><td>–</td>" in table
+    assert "3 failed" in table and "2 not graded, left out" in table and "<td>–</td><td>–</td><td>–</td>" in table
     assert table.count("<tr>") == 3  # a head and two runs
 
 

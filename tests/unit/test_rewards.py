@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.doubles import TABLES, World, tiny_tables, tiny_tokenizer
+from tests.doubles import TABLES, World, tiny_checkpoint, tiny_tables, tiny_tokenizer
 from ziprc.config.load import Config
+from ziprc.config.shared import Judge
 from ziprc.engines.base import Request, Response
+from ziprc.engines.hf import HFEngine
 from ziprc.errors import UserError
-from ziprc.rewards.base import Grade, Question, decide, graded, ungraded
+from ziprc.rewards import grading
+from ziprc.rewards.base import Grade, Item, decide, graded, ungraded
 from ziprc.rewards.countdown import CountdownGrader
 from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, as_data, check_unparseable, read_verdict
 from ziprc.rewards.math import MathGrader
 from ziprc.stages import grades as stage
+from ziprc.store.files import read_json, write_json
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
 from ziprc.tables.grades import GRADES, GradeStatus
@@ -25,8 +29,8 @@ from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 
-def asked(response: str, answer: str | None = "12", **extra: object) -> Question:
-    return Question(({"role": "user", "content": "What is it?"},), response, answer, extra)
+def asked(response: str, answer: str | None = "12", **extra: object) -> Item:
+    return Item(({"role": "user", "content": "What is it?"},), response, answer, extra)
 
 
 # --- exact and countdown
@@ -123,7 +127,9 @@ class Scripted:
 
 
 def judge(engine: Scripted, max_model_len: int = 4096) -> JudgeGrader:
-    return JudgeGrader(engine, engine.tokenizer, max_model_len, 16)
+    return JudgeGrader(
+        lambda: engine, engine.tokenizer, Judge(model="x", max_model_len=max_model_len, max_new_tokens=16)
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,3 +256,66 @@ def test_nobody_to_grade_is_an_error(layout: Layout) -> None:
 def test_a_judge_that_was_not_fetched_names_the_command(layout: Layout) -> None:
     with pytest.raises(UserError, match="hf download nobody/nothing"):
         run(layout, rule="none", judge={"model": "nobody/nothing"})
+
+
+# --- the judge of the stage, a random model on the Transformers engine
+
+
+@pytest.fixture
+def judge_folder(tmp_path: Path) -> Path:
+    """It rambles, so no verdict can be read; but it takes a judge's whole prompt, a thousand bytes."""
+    folder = tiny_checkpoint(tmp_path / "judge", joint=False)
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"max_position_embeddings": 2048})
+    return folder
+
+
+def judged(layout: Layout, folder: Path, **settings: object) -> list[dict[str, object]]:
+    own = {"model": str(folder), "max_model_len": 1900, "max_new_tokens": 2, "max_unparseable": 1.0}
+    config = {"grades": {"judge": own, **settings}, "rollouts": {"engine": "hf"}}
+    stage.run(World(Config.model_validate(config), layout).context("grades", "train"))
+    return GRADES.read(layout.table("grades", "train")).to_pylist()
+
+
+def test_a_judge_that_is_killed_half_way_is_asked_only_the_rest(
+    layout: Layout, judge_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grading, "ANSWERS_PER_PIECE", 4)
+    asked: list[int] = []
+    generate = HFEngine.generate
+
+    def watched(self: HFEngine, requests: Sequence[Request], *rest: object) -> list[Response]:
+        if killing and len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return generate(self, requests, *rest)
+
+    monkeypatch.setattr(HFEngine, "generate", watched)
+    killing = False
+    whole, once = judged(layout, judge_folder, rule="none"), list(asked)
+    assert len(once) > 2 and {row["status"] for row in whole} == {"unparseable", "unfinished"}
+    layout.table("grades", "train").unlink()
+    asked.clear()
+    killing = True
+    with pytest.raises(KeyboardInterrupt):
+        judged(layout, judge_folder, rule="none")
+    killing = False
+    assert judged(layout, judge_folder, rule="none") == whole
+    assert asked == once, "two pieces before the kill, the rest after it"
+    assert not (layout.home / "grades" / ".train.pieces").exists()
+
+
+def test_the_judge_starts_only_when_there_is_something_to_ask(layout: Layout, judge_folder: Path) -> None:
+    (judge_folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        judged(layout, judge_folder)
+    prompts = {row["prompt_id"]: row["answer"] for row in PROMPTS.read(layout.table("prompts", "train")).to_pylist()}
+    rollouts = ROLLOUTS.read(layout.table("rollouts", "train")).to_pylist()
+    rewrite(layout, "rollouts", [row | {"response_text": prompts[row["prompt_id"]]} for row in rollouts])
+    assert {row["grader"] for row in judged(layout, judge_folder)} == {"exact", "none"}
+
+
+def test_too_many_unreadable_verdicts_fail_the_stage(layout: Layout, judge_folder: Path) -> None:
+    own = {"model": str(judge_folder), "max_model_len": 1900, "max_new_tokens": 2}
+    config = Config.model_validate({"grades": {"rule": "none", "judge": own}, "rollouts": {"engine": "hf"}})
+    with pytest.raises(UserError, match="verdicts of the judge could not be read"):
+        stage.run(World(config, layout).context("grades", "train"))

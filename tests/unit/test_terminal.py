@@ -12,38 +12,24 @@ from typing import Any
 
 import pytest
 
-from tests.doubles import GRID, tiny_checkpoint, tiny_tokenizer
+from tests.doubles import tiny_checkpoint, tiny_fitted, tiny_tokenizer
 from ziprc.cli import main
 from ziprc.errors import UserError
 from ziprc.joint.head import read_manifest
 from ziprc.pages import terminal
 from ziprc.pages.terminal import Line, branch_line, cells, frame, head, sample, tail
-from ziprc.sampling.fitting import Calibration, Fitted
 from ziprc.sampling.live.asking import Wishes, prepare
-from ziprc.sampling.policies.zip_rc import JointCalibration
-from ziprc.sampling.score import Logistic, Stages
-from ziprc.sampling.selection import VoteModel
 from ziprc.store.files import write_json
 from ziprc.store.manifest import write_sealed
 
 STOPS = [*range(0, 256, 12), 258]  # many, so that a random model ends
 
 
-def even(inputs: int) -> Logistic:
-    """P(right) = 0.3, whatever it sees."""
-    return Logistic((0.0,) * inputs, (1.0,) * inputs, (0.0,) * (inputs + inputs * (inputs + 1) // 2), -0.85)
-
-
-def fitted() -> Fitted:
-    fused = Calibration(Stages((even(9),)), even(9), VoteModel(), 2.0)
-    return Fitted(GRID, fused, JointCalibration(), even(7))
-
-
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_checkpoint(tmp_path_factory.mktemp("results") / "tiny" / "checkpoints" / "ziprc", seed=1)
     write_json(folder / "generation_config.json", {"eos_token_id": STOPS, "pad_token_id": 256})
-    write_json(folder / "calibration.json", fitted().to_dict())
+    write_json(folder / "calibration.json", tiny_fitted().to_dict())
     return folder
 
 

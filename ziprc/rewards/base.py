@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from ziprc.progress import progress
 from ziprc.tables.grades import GradeStatus
 
 RATIONALE_CHARACTERS = 500
-ITEMS_PER_CALL = 256  # between two updates of the progress bar
 QUIET_S = 5.0  # shorter work shows no progress bar
 
 
 @dataclass(frozen=True)
-class Question:
+class Item:
     """One finished response and what it is compared with. `extra` is what the task knows about the prompt."""
 
     messages: tuple[Mapping[str, str], ...]
@@ -36,12 +33,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict. `score` is None exactly when `status` is not `graded`."""
+    """`score` is None exactly when `status` is not `graded`; `parts` is JSON text, points by criterion."""
 
     score: float | None
     status: GradeStatus
     extracted_answer: str | None = None
     rationale: str | None = None
+    parts: str | None = None
 
     def __post_init__(self) -> None:
         assert (self.score is None) == (self.status != GradeStatus.GRADED), f"score {self.score} with {self.status}"
@@ -53,11 +51,11 @@ class Grader(Protocol):
 
     name: str
 
-    def lacks(self, question: Question) -> str | None:
+    def lacks(self, item: Item) -> str | None:
         """What the prompt would need for this grader and does not have; None when it has everything."""
         ...
 
-    def grade(self, items: Sequence[Question]) -> list[Grade]:
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
         """One grade per item, in order; a grade depends on its item alone."""
         ...
 
@@ -72,13 +70,13 @@ def ungraded(status: GradeStatus, rationale: str | None = None) -> Grade:
     return Grade(None, status, None, rationale[:RATIONALE_CHARACTERS] if rationale else None)
 
 
-def lacks_answer(question: Question) -> str | None:
+def lacks_answer(item: Item) -> str | None:
     """The usual need of a grader: a reference answer."""
-    return None if question.answer and question.answer.strip() else "a reference answer"
+    return None if item.answer and item.answer.strip() else "a reference answer"
 
 
 @dataclass(frozen=True)
-class Decision:
+class Verdict:
     """A grade and the name of the grader that gave it."""
 
     grader: str
@@ -88,24 +86,15 @@ class Decision:
 Key = TypeVar("Key", bound=Hashable)
 
 
-def decide(items: Mapping[Key, Question], rule: Grader | None, judge: Grader | None) -> dict[Key, Decision]:
+def decide(items: Mapping[Key, Item], rule: Grader | None, judge: Grader | None) -> dict[Key, Verdict]:
     """The rule first; the judge for everything that the rule does not call right."""
-    decisions = _ask(items, rule) if rule else {}
+    verdicts = _ask(items, rule) if rule else {}
     if judge:
-        settled = {key for key, decision in decisions.items() if decision.grade.score == 1}
-        open_items = {key: item for key, item in items.items() if key not in settled}
-        verdicts = judge.grade(list(open_items.values()))
-        decisions |= {key: Decision(judge.name, v) for key, v in zip(open_items, verdicts, strict=True)}
-    return decisions
+        settled = {key for key, verdict in verdicts.items() if verdict.grade.score == 1}
+        verdicts |= _ask({key: item for key, item in items.items() if key not in settled}, judge)
+    return verdicts
 
 
-def _ask(items: Mapping[Key, Question], grader: Grader) -> dict[Key, Decision]:
-    """Grade in pieces, with a progress bar when it takes long."""
-    decisions: dict[Key, Decision] = {}
-    waiting = iter(items.items())
-    with progress(len(items), f"grades by {grader.name}", "answers", after_s=QUIET_S) as bar:
-        while piece := list(islice(waiting, ITEMS_PER_CALL)):
-            grades = grader.grade([item for _, item in piece])
-            decisions |= {key: Decision(grader.name, g) for (key, _), g in zip(piece, grades, strict=True)}
-            bar.update(len(piece))
-    return decisions
+def _ask(items: Mapping[Key, Item], grader: Grader) -> dict[Key, Verdict]:
+    grades = grader.grade(list(items.values()))
+    return {key: Verdict(grader.name, grade) for key, grade in zip(items, grades, strict=True)}

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 
 from ziprc.chat import visible_answer
-from ziprc.rewards.base import Grade, Question, graded
+from ziprc.config.load import Config
+from ziprc.rewards.base import Grade, Grader, Item, graded
 from ziprc.tasks.expressions import ExpressionError, parse_expression
 
 
@@ -21,14 +23,14 @@ class CountdownGrader:
 
     name = "countdown"
 
-    def lacks(self, question: Question) -> str | None:
-        missing = [key for key in ("numbers", "target") if key not in question.extra]
+    def lacks(self, item: Item) -> str | None:
+        missing = [key for key in ("numbers", "target") if key not in item.extra]
         return f"{' and '.join(missing)} in the column 'extra'" if missing else None
 
-    def grade(self, items: Sequence[Question]) -> list[Grade]:
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
         return [self._grade(item) for item in items]
 
-    def _grade(self, item: Question) -> Grade:
+    def _grade(self, item: Item) -> Grade:
         numbers, target = item.extra["numbers"], item.extra["target"]
         try:
             expression = parse_expression(visible_answer(item.response))
@@ -44,3 +46,7 @@ class CountdownGrader:
         if value != Fraction(target):
             return graded(0, found, f"makes {value}, not {target}")
         return graded(1, found)
+
+
+def grader(config: Config) -> AbstractContextManager[Grader]:
+    return nullcontext(CountdownGrader())

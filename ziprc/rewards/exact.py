@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from ziprc.chat import visible_answer
-from ziprc.rewards.base import Grade, Question, graded, lacks_answer
+from ziprc.config.load import Config
+from ziprc.rewards.base import Grade, Grader, Item, graded, lacks_answer
 
 _INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 
@@ -36,14 +38,18 @@ class ExactGrader:
 
     name = "exact"
 
-    def lacks(self, question: Question) -> str | None:
-        return lacks_answer(question)
+    def lacks(self, item: Item) -> str | None:
+        return lacks_answer(item)
 
-    def grade(self, items: Sequence[Question]) -> list[Grade]:
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
         return [self._grade(item) for item in items]
 
-    def _grade(self, item: Question) -> Grade:
+    def _grade(self, item: Item) -> Grade:
         assert item.answer is not None, "checked by lacks()"
         canonical = canonical_text if canonical_integer(item.answer) is None else canonical_integer
         found = canonical(visible_answer(item.response))
         return graded(found is not None and found == canonical(item.answer), found)
+
+
+def grader(config: Config) -> AbstractContextManager[Grader]:
+    return nullcontext(ExactGrader())

@@ -10,14 +10,21 @@ or become a special token of the chat template.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ziprc.chat import prompt_token_ids, visible_answer
-from ziprc.engines.base import Engine, Request, Response
+from ziprc.config.base import Sampling
+from ziprc.config.load import Config
+from ziprc.config.shared import Judge
+from ziprc.engines import start
+from ziprc.engines.base import Engine, Request, Response, settings_for
 from ziprc.errors import UserError
+from ziprc.joint.hub import local_model
+from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.progress import progress
-from ziprc.rewards.base import QUIET_S, RATIONALE_CHARACTERS, Grade, Question, graded, lacks_answer, ungraded
+from ziprc.rewards.base import QUIET_S, RATIONALE_CHARACTERS, Grade, Item, graded, lacks_answer, ungraded
 from ziprc.tables.grades import GradeStatus
 from ziprc.tables.rollouts import FinishReason
 
@@ -69,38 +76,49 @@ def control_strings(tokenizer: Any) -> list[str]:
 
 
 class JudgeGrader:
-    """Right when the judge says so."""
+    """Right when the judge says so. A context manager: it owns the engine, which starts when there is something to ask."""
 
     name = "judge"
 
-    def __init__(self, engine: Engine, tokenizer: Any, max_model_len: int, max_new_tokens: int) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.max_model_len, self.max_new_tokens = max_model_len, max_new_tokens
+    def __init__(self, start: Callable[[], Engine], tokenizer: Any, own: Judge) -> None:
+        self.start, self.tokenizer, self.own = start, tokenizer, own
         self.forbidden = control_strings(tokenizer)
+        self.engine: Engine | None = None
 
-    def lacks(self, question: Question) -> str | None:
-        return lacks_answer(question)
+    def __enter__(self) -> JudgeGrader:
+        return self
 
-    def grade(self, items: Sequence[Question]) -> list[Grade]:
+    def __exit__(self, *error: object) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+    def lacks(self, item: Item) -> str | None:
+        return lacks_answer(item)
+
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
         grades: dict[int, Grade] = {}
         requests: dict[int, Request] = {}
         for i, item in enumerate(items):
             if not visible_answer(item.response):
                 grades[i] = graded(0, rationale="the response has no visible answer")
                 continue
-            request = Request(str(i), tuple(self.prompt(item)), 0, self.max_new_tokens)
-            if (needed := len(request.prompt_token_ids) + self.max_new_tokens) > self.max_model_len:
+            request = Request(str(i), tuple(self.prompt(item)), 0, self.own.max_new_tokens)
+            if (needed := len(request.prompt_token_ids) + self.own.max_new_tokens) > self.own.max_model_len:
                 grades[i] = ungraded(
                     GradeStatus.ERROR,
                     f"the judge's prompt of {len(request.prompt_token_ids)} tokens and a verdict of "
-                    f"{self.max_new_tokens} need {needed} tokens; grades.judge.max_model_len is {self.max_model_len}",
+                    f"{self.own.max_new_tokens} need {needed} tokens; grades.judge.max_model_len is {self.own.max_model_len}",
                 )
             else:
                 requests[i] = request
         grades |= self._verdicts(requests)
         return [grades[i] for i in range(len(items))]
 
-    def prompt(self, item: Question) -> list[int]:
+    def check(self, grades: Iterable[Grade]) -> None:
+        """UserError when more of its grades than allowed could not be read."""
+        check_unparseable(list(grades), self.own.max_unparseable)
+
+    def prompt(self, item: Item) -> list[int]:
         """Token ids of the judge's prompt."""
         parts = {
             "question": "\n\n".join(message["content"] for message in item.messages),
@@ -113,6 +131,7 @@ class JudgeGrader:
     def _verdicts(self, requests: dict[int, Request]) -> dict[int, Grade]:
         if not requests:
             return {}
+        self.engine = self.engine or self.start()
         with progress(len(requests), "grades by judge", "verdicts", after_s=QUIET_S) as bar:
             responses = self.engine.generate(list(requests.values()), lambda _: bar.update(1))
         return {i: self._grade_from(response) for i, response in zip(requests, responses, strict=True)}
@@ -123,6 +142,17 @@ class JudgeGrader:
         if verdict is None:
             return ungraded(GradeStatus.UNPARSEABLE, text or "(empty)")
         return graded(verdict, rationale=text[:RATIONALE_CHARACTERS])
+
+
+def grader(config: Config) -> JudgeGrader:
+    """The judge that the experiment names."""
+    own, machine = config.grades.judge, config.runtime
+    assert own is not None, "asked for only where there is one"
+    folder = local_model(own.model, own.revision, "grades.judge.model")
+    tokenizer = load_tokenizer(folder)
+    greedy = Sampling(temperature=0, min_p=0)
+    settings = settings_for(folder, tokenizer, own, greedy, machine, machine.judge_tensor_parallel)
+    return JudgeGrader(partial(start, config.rollouts.engine, settings), tokenizer, own)
 
 
 def check_unparseable(grades: Sequence[Grade], allowed: float) -> None:

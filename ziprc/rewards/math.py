@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ziprc.chat import visible_answer
-from ziprc.rewards.base import Grade, Question, graded, lacks_answer, ungraded
+from ziprc.config.load import Config
+from ziprc.rewards.base import Grade, Item, graded, lacks_answer, ungraded
 from ziprc.rewards.exact import canonical_text
 from ziprc.tables.grades import GradeStatus
 
@@ -33,6 +34,7 @@ MEMORY_BYTES = 2 << 30  # address space of a child; SymPy and its parser need ab
 START_S = 120.0  # imports on a machine that is busy with something else
 WALL_PER_CPU = 6.0  # a child that does not even use its CPU time is stopped after this many timeouts of wall-clock
 EXTRACTED_CHARACTERS = 200
+MOST_WORKERS = 8
 CHILD = (sys.executable, "-m", "ziprc.rewards.math")
 
 
@@ -102,10 +104,10 @@ class MathGrader:
             child.stop()
         self.children = []
 
-    def lacks(self, question: Question) -> str | None:
-        return lacks_answer(question)
+    def lacks(self, item: Item) -> str | None:
+        return lacks_answer(item)
 
-    def grade(self, items: Sequence[Question]) -> list[Grade]:
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
         grades: dict[int, Grade] = {}
         waiting: deque[int] = deque()
         for i, item in enumerate(items):
@@ -167,7 +169,11 @@ class MathGrader:
             grades[child.item] = ungraded(GradeStatus.ERROR, f"the grading process ended with status {status}")
 
 
-def _payload(item: Question) -> bytes:
+def grader(config: Config) -> MathGrader:
+    return MathGrader(config.grades.timeout_s, min(os.cpu_count() or 1, MOST_WORKERS))
+
+
+def _payload(item: Item) -> bytes:
     return json.dumps({"reference": item.answer, "answer": visible_answer(item.response)}).encode() + b"\n"
 
 

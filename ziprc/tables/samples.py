@@ -1,10 +1,15 @@
-"""Decisions of live runs: a row is one branch at one decision."""
+"""Decisions of live runs: a row is one branch at one decision, and one more for a prompt that failed.
+
+The row of a failed prompt has the action `failed`, no branch (-1), the error, and what had been spent until then. `lost`
+are tokens of an attempt that went down with the engine, also of a prompt that was answered afterwards.
+"""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
 from ziprc.tables.check import TEXT, TableSchema, column
+from ziprc.tables.grades import GradeStatus
 
 SAMPLES = TableSchema(
     "samples",
@@ -31,15 +36,19 @@ SAMPLES = TableSchema(
             column("spot_signals", pa.large_list(pa.float32()), null=True),
             column("selected", pa.bool_()),
             column("answer", TEXT, null=True),
+            column("grade_status", TEXT, null=True),
             column("score", pa.float32(), null=True),
             column("probability", pa.float32(), null=True),
             column("prefill", pa.int32(), null=True),
+            column("error", TEXT, null=True),
+            column("lost", pa.int32(), null=True),
         ]
     ),
     key=("prompt_id", "budget", "decision", "branch_id"),
     unit_range=("expected_reward", "score", "probability"),
     choices={
-        "status": ("running", "paused", "finished"),
-        "action": ("start", "branch", "continue", "pause", "resume", "wait", "done", "stop"),
+        "status": ("running", "paused", "finished", "failed"),
+        "action": ("start", "branch", "continue", "pause", "resume", "wait", "done", "stop", "failed"),
+        "grade_status": tuple(GradeStatus),
     },
 )

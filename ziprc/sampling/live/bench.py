@@ -1,21 +1,25 @@
-"""What a live run needs besides the runner: the engine, the questions, and who reads their answers."""
+"""A live run: the engine, the questions, who reads their answers, and the time it took."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ziprc.chat import prompt_token_ids
+from ziprc.chat import prompt_token_ids, visible_answer
 from ziprc.config.load import Config
 from ziprc.engines import start
 from ziprc.engines.base import Engine, settings_for
 from ziprc.joint.head import read_joint_head
-from ziprc.sampling.controller import Budget
+from ziprc.progress import progress
+from ziprc.sampling.controller import Budget, Controller
 from ziprc.sampling.families import Setting
-from ziprc.sampling.live.records import Question
+from ziprc.sampling.live.records import Answered, Question, Timing
+from ziprc.sampling.live.runner import Runner
 from ziprc.store.digests import derived_seed
+from ziprc.tables.rollouts import FinishReason
+from ziprc.tasks.base import get_task
 
 UNLIMITED = 1 << 30
 
@@ -63,3 +67,43 @@ def open_engine(config: Config, folder: Any, tokenizer: Any) -> Iterator[Engine]
     settings = settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel)
     with contextlib.closing(start(own.engine, replace(settings, joint=read_joint_head(folder)))) as engine:
         yield engine
+
+
+@dataclass(frozen=True)
+class Run:
+    """Answers in the order of the questions, visible texts by (question, slot) where a branch ended by itself, and times."""
+
+    answers: list[Answered]
+    texts: dict[tuple[int, int], str]
+    timing: Timing
+
+
+def play(
+    engine: Engine,
+    config: Config,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    setting: Setting,
+    in_flight: int,
+    title: str,
+) -> Run:
+    """Answer the questions with one setting, `in_flight` prompts at a time."""
+    book = AnswerBook(get_task(config.prompts.task), tokenizer, engine.settings.stop_token_ids)
+    controller = Controller(setting.policy, budget_of(config, setting))
+    options = dict(
+        window=setting.window, max_new_tokens=config.rollouts.max_new_tokens, in_flight=in_flight,
+        cells=engine.settings.joint.grid.size,
+    )  # fmt: skip
+    answers = []
+    with contextlib.closing(engine.session()) as session, progress(len(questions), title, "prompts") as bar:
+        runner = Runner(session, controller, questions, book, new_session=engine.session, **options)
+        for answer in runner.run():
+            answers.append(answer)
+            bar.update(1)
+    texts = {
+        (answer.index, slot): visible_answer(book.text(branch.token_ids))
+        for answer in answers
+        for slot, branch in enumerate(answer.branches)
+        if branch.finish_reason is FinishReason.STOP
+    }
+    return Run(sorted(answers, key=lambda a: a.index), texts, runner.timing)

@@ -115,6 +115,8 @@ class Runner:
                 step = self.session.step()
             if step is None:
                 raise RuntimeError(f"the engine has nothing in flight and still owes {sorted(self._flying)}")
+        except AssertionError:  # a bug of ours, and no prompt's failure
+            raise
         except Exception as error:  # the boundary to the engine: what it raises becomes the error of prompts
             return self._broken(error)
         self.timing.steps += 1
@@ -227,6 +229,8 @@ class Runner:
         flight = self._flights[stem.row]
         try:
             answer = self.answer_of(flight.index, stem.token_ids)
+        except AssertionError:
+            raise
         except Exception as error:  # the boundary to the task: one prompt's answers must not end the others
             flight.error = f"Prompt {flight.question.key}: its answer could not be read: {_text(error)}"
         else:
