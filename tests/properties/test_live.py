@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -563,11 +563,16 @@ def test_an_answer_that_cannot_be_read_fails_its_prompt_only(calm: Case) -> None
 
 
 def test_a_broken_invariant_of_ours_ends_the_run_and_is_no_failure_of_a_prompt(calm: Case) -> None:
-    def broken(session: ScriptedSession) -> None:
-        assert not session.rows, "our own bug"
+    def broken(module: str) -> Callable[[ScriptedSession], None]:
+        def fail(session: ScriptedSession) -> None:
+            exec("raise AssertionError('does not hold')", {"__name__": module})
 
-    with pytest.raises(AssertionError, match="our own bug"):
-        played(calm, ScriptedSession(calm.script, fail=broken))
+        return fail
+
+    with pytest.raises(AssertionError, match="does not hold"):
+        played(calm, ScriptedSession(calm.script, fail=broken("ziprc.engines.vllm")))
+    foreign = played(calm, ScriptedSession(calm.script, fail=broken("vllm.v1.engine.core")))
+    assert foreign and all("does not hold" in answered.error for answered in foreign)
 
 
 # --- what is refused, and what is told ------------------------------------------------------------------------------

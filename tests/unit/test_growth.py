@@ -78,6 +78,7 @@ def test_a_new_table_task_system_and_page_rerun_nothing(tree: Path) -> None:
         ("joint/bins", {"train_joint ziprc", "values train", "frontier frontier"}, {"prompts train", "grades train"}),
         ("tasks/arithmetic", {"prompts train", "base base"}, {"train_joint ziprc", "introspection ziprc"}),
         ("tables/values", {"values train", "train_joint ziprc"}, {"prompts train", "rollouts train", "grades train"}),
+        ("rewards/math", set(), {"grades train", "samples majority"}),
         ("tasks/countdown", set(), {"prompts train", "frontier frontier"}),
         ("workflow/launch", set(), {"prompts train", "train_joint ziprc"}),
     ],

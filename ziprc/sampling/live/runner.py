@@ -15,6 +15,7 @@ time, and only the one that breaks the engine alone has failed. Shapes: P prompt
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,9 +116,9 @@ class Runner:
                 step = self.session.step()
             if step is None:
                 raise RuntimeError(f"the engine has nothing in flight and still owes {sorted(self._flying)}")
-        except AssertionError:  # a bug of ours, and no prompt's failure
-            raise
         except Exception as error:  # the boundary to the engine: what it raises becomes the error of prompts
+            if is_bug_of_ours(error):
+                raise
             return self._broken(error)
         self.timing.steps += 1
         with self._timed("tracking_s"):
@@ -229,9 +230,9 @@ class Runner:
         flight = self._flights[stem.row]
         try:
             answer = self.answer_of(flight.index, stem.token_ids)
-        except AssertionError:
-            raise
         except Exception as error:  # the boundary to the task: one prompt's answers must not end the others
+            if is_bug_of_ours(error):
+                raise
             flight.error = f"Prompt {flight.question.key}: its answer could not be read: {_text(error)}"
         else:
             self._trees.answer[stem.row, stem.slot] = NO_ANSWER if answer is None else answer
@@ -399,6 +400,14 @@ _FIELDS: dict[type, list[str]] = {each: [one.name for one in fields(each)] for e
 def _one(record: T, i: int) -> T:
     """The i-th prompt of a record of arrays, as a view."""
     return type(record)(*(getattr(record, name)[i : i + 1] for name in _FIELDS[type(record)]))
+
+
+def is_bug_of_ours(error: Exception) -> bool:
+    """An assertion of this package that did not hold; one of vLLM's is a failure of the engine like any other."""
+    where = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and [frame for frame, _ in where][-1].f_globals["__name__"].startswith(
+        "ziprc"
+    )
 
 
 def _text(error: Exception) -> str:
