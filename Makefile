@@ -3,9 +3,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 EXPERIMENT ?= toy
-ACCELERATOR ?= cpu
+# a file of own experiments
+CONFIG ?= config.yaml
+# of the suite `smoke`: zip-rc, another system, or all
+SYSTEM ?= zip-rc
+# what is installed, else cpu
+ACCELERATOR ?= $(or $(firstword $(patsubst .venv/.installed-%,%,$(wildcard .venv/.installed-*))),cpu)
 PYTHON ?= python3
 PROFILE ?= default
+# SET="a.b=1 c.d=[0, 8]": split at spaces outside of quotes, brackets and braces
 SET ?=
 TARGET ?=
 # 1: run the stages in the image that `make image` built; or the path of an image
@@ -18,20 +24,26 @@ BIN := $(VENV)/bin
 LOCK := containers/requirements/$(ACCELERATOR).txt
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-OPTIONS = --experiment $(EXPERIMENT) $(if $(SET),--set $(SET))
+ifeq ($(filter cpu cuda,$(ACCELERATOR)),)
+$(error ACCELERATOR is cpu or cuda, found '$(ACCELERATOR)')
+endif
+# the shell takes SET from the environment, where nothing of it is expanded
+export SET
+SETTINGS = --config-file '$(CONFIG)' $(if $(SET),--set "$$SET")
+OPTIONS = --experiment '$(EXPERIMENT)' $(SETTINGS)
 # a bare --container takes the image that the experiment's GPUs call for
-IMAGE = $(if $(CONTAINER),--container $(filter-out 1,$(CONTAINER)))
+HOW = --profile $(PROFILE) $(if $(CONTAINER),--container $(patsubst 1,auto,$(CONTAINER)))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install smoke all why unlock verify dag report doctor fetch inspect config image stages lint format lock clean
+.PHONY: help install smoke all why unlock verify dag provenance doctor fetch inspect config image stages lint format lock clean
 .PHONY: test test-slow test-faults test-cluster test-containers
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  make results/smoke/values/train.parquet    one artifact by name"
 	@echo
-	@echo "  variables: EXPERIMENT=$(EXPERIMENT)  SET=\"train_joint.ziprc.kl=25\"  PROFILE=$(PROFILE)  ACCELERATOR=$(ACCELERATOR)"
+	@echo "  variables: EXPERIMENT=$(EXPERIMENT)  SET=\"train_joint.ziprc.kl=25\"  PROFILE=$(PROFILE)  ACCELERATOR=$(ACCELERATOR)  CONFIG=$(CONFIG)"
 
 install: $(STAMP) ## make .venv from the pinned lock (ACCELERATOR=cpu or cuda)
 
@@ -51,40 +63,38 @@ endif
 	@rm -f $(VENV)/.installed-*; touch $@
 	@echo "installed $(LOCK) into $(VENV); check it with: make doctor"
 
-smoke: install ## the whole ZIP-RC pipeline, small, in minutes
-	@ziprc build --experiment smoke $(IMAGE) --profile $(PROFILE) $(if $(SET),--set $(SET))
+smoke: install ## the whole ZIP-RC pipeline, small, in minutes (SYSTEM=… another system, SYSTEM=all every one)
+	@ziprc build --suite smoke --system '$(SYSTEM)' $(SETTINGS) $(HOW)
 
-all: install ## the whole pipeline of EXPERIMENT (default toy)
-	@ziprc build $(IMAGE) --profile $(PROFILE) $(OPTIONS)
+all: install ## everything of EXPERIMENT (default toy)
+	@ziprc build $(OPTIONS) $(HOW)
 
 results/%: install ALWAYS
-	@ziprc build --experiment $(firstword $(subst /, ,$*)) $(IMAGE) --profile $(PROFILE) $@ $(if $(SET),--set $(SET))
+	@ziprc build '$@' $(SETTINGS) $(HOW)
 
 .PHONY: ALWAYS
 ALWAYS:
 
 why: install ## what would rerun and why (TARGET=results/… for one artifact)
-	@ziprc why $(if $(TARGET),$(TARGET) --experiment $(word 2,$(subst /, ,$(TARGET))) $(if $(SET),--set $(SET)),$(OPTIONS)) $(IMAGE)
+	@ziprc why $(if $(TARGET),'$(TARGET)' $(SETTINGS),$(OPTIONS)) $(HOW)
 
 unlock: install ## remove the lock of a killed run, unless something of it is alive
 	@ziprc unlock $(OPTIONS)
 
 verify: install ## check every digest of EXPERIMENT
-	@ziprc verify results/$(EXPERIMENT)
+	@ziprc verify 'results/$(EXPERIMENT)'
 
 dag: install ## draw the graph of EXPERIMENT as results/EXPERIMENT/dag.md (Mermaid)
-	@mkdir -p results/$(EXPERIMENT)
-	@{ echo '```mermaid'; snakemake --rulegraph mermaid-js --config experiment=$(EXPERIMENT) 2>/dev/null; echo '```'; } > results/$(EXPERIMENT)/dag.md
-	@echo "dag: wrote results/$(EXPERIMENT)/dag.md"
+	@ziprc dag $(OPTIONS)
 
-report: install ## Snakemake's own report of EXPERIMENT (provenance of every artifact)
-	@snakemake all --report results/$(EXPERIMENT)/snakemake.html --config experiment=$(EXPERIMENT)
+provenance: install ## Snakemake's own report of EXPERIMENT (provenance of every artifact)
+	@ziprc provenance $(OPTIONS)
 
 inspect: install ## a page of rollouts coloured by what the model expects
-	@ziprc inspect results/$(EXPERIMENT)
+	@ziprc inspect 'results/$(EXPERIMENT)'
 
-doctor: install ## what is installed, whether it agrees, what to do
-	@ziprc doctor --accelerator $(ACCELERATOR)
+doctor: ## what is installed, whether it agrees, what to do
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m ziprc.workflow.doctor --accelerator $(ACCELERATOR)
 
 fetch: install ## download models and data of EXPERIMENT beforehand
 	@ziprc fetch $(OPTIONS)
@@ -114,7 +124,7 @@ stages: install ## write the table at the head of the Snakefile from the declara
 	@python -m ziprc.workflow.snakefile
 
 lint: install ## style, layers, workflow
-	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile
+	@ruff check . && ruff format --check ziprc tests && lint-imports && snakefmt --check Snakefile && snakemake --lint --config container=any.sif
 
 format: install ## put everything into the one style
 	@ruff check --fix-only . ; ruff format ziprc tests; snakefmt Snakefile

@@ -28,10 +28,12 @@ from ziprc.workflow.snakefile import Rules
 
 R = Rules(config, workflow.basedir)
 
-# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/workflow/container.py).
-if "container" in config:
+shell.prefix(R.prefix)
 
-    container: config["container"]
+# With `make all CONTAINER=…` every stage runs in this image, by Snakemake's apptainer deployment (ziprc/workflow/container.py).
+if R.asked.container:
+
+    container: R.asked.container
 
 
 wildcard_constraints:

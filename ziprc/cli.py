@@ -1,13 +1,17 @@
-"""`ziprc`: the command line. Imports no torch until a command needs it.
+"""`ziprc`: the command line. Imports no torch until a command needs it, and checks what it can before.
 
-ziprc doctor                                what is installed, whether it agrees, what to do about it
-ziprc build --experiment smoke              the whole workflow (what `make all` calls)
-ziprc run grades --experiment smoke --name train        one stage, through accelerate
+ziprc doctor                                            what is installed, whether it agrees, what to do about it
+ziprc build --experiment smoke                          the whole workflow (what `make all` calls)
+ziprc build results/smoke/values/train.parquet          one artifact and what it needs
+ziprc run grades --experiment smoke --name train        one stage
 ziprc why results/smoke/values/train.parquet            what would rerun, and why
-ziprc verify results/smoke                  whether every file is what its digest says
-ziprc inspect results/smoke                 a page of rollouts coloured by what the model expects
+ziprc verify results/smoke                              whether every file is what its digest says
+ziprc inspect results/smoke                             a page of rollouts coloured by what the model expects
 ziprc sample "Compute 47+91+85" --checkpoint results/toy/checkpoints/ziprc      adaptive sampling, live
 ziprc export results/smoke train out.parquet            the wide table of the original systems
+
+Options that change settings are written `--set section.key=value …`, the value in YAML. What holds spaces outside of
+brackets is quoted: --set 'train_joint.length_edges=[0, 8, 16]' "prompts.settings.note='two words'".
 """
 
 from __future__ import annotations
@@ -16,92 +20,88 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ziprc.config.load import load
-from ziprc.errors import UserError
+from ziprc.config.zip_rc import LIVE_POLICIES
+from ziprc.errors import UserError, nearest
 from ziprc.stages.context import add_experiment_arguments, already_made, context_of
 from ziprc.store.layout import Layout
-from ziprc.workflow import build as building
+from ziprc.workflow.build import build, unlock
+from ziprc.workflow.call import DEFAULT_EXPERIMENT, INTERRUPTED, split_overrides
+from ziprc.workflow.container import ACCELERATORS
+from ziprc.workflow.doctor import doctor
 from ziprc.workflow.launch import first_line, stage_command
-from ziprc.workflow.why import explain
+from ziprc.workflow.targets import look_up
+from ziprc.workflow.why import draw, explain, provenance
 
+# --- what the commands do; each returns an exit code, or the line to print ---------------------------------------------
 
-def doctor(options: argparse.Namespace) -> int:
-    from ziprc.workflow.doctor import diagnose, format_table
-
-    checks = diagnose(options.accelerator)
-    print(format_table(checks))
-    return 1 if any(check.problem for check in checks) else 0
+Action = Callable[[argparse.Namespace], "int | str"]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Become the launcher of a stage, unless its artifact is there already."""
+    """Become a stage, or its launcher, unless its artifact is there already."""
     context = context_of(options, options.stage)
     command, environment = stage_command(options, context.graph)
     print(first_line(options), flush=True)
     if done := already_made(context):  # found out here, before torch is imported
         print(f"{options.stage}: {done}")
         return 0
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the launcher: it waits for the stage, which Ctrl-C reaches too
+    if "accelerate.commands.launch" in command:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it waits for the stage, which Ctrl-C reaches too
     os.execvpe(command[0], command, environment)
 
 
-def build(options: argparse.Namespace) -> int:
-    config = load(options.config_file, options.experiment, options.set)
-    return building.build(options, config)
-
-
-def why(options: argparse.Namespace) -> int:
-    print(explain(options))
-    return 0
-
-
-def unlock(options: argparse.Namespace) -> int:
-    """Remove a lock that a killed run left."""
-    load(options.config_file, options.experiment, options.set)
-    print(building.unlock(options))
-    return 0
-
-
 def verify(options: argparse.Namespace) -> int:
-    """Check every digest; exit code 1 when something is wrong."""
+    """Check every digest of an experiment, or of each in a folder of them; exit code 1 when something is wrong."""
     from ziprc.plan.verify import verify as audit_of
 
-    audit = audit_of(options.home)
-    print(audit.text())
-    return 1 if audit.problems else 0
+    inside = [path.parent for path in sorted(_existing(options.home).glob("*/provenance"))]
+    audits = [audit_of(home) for home in inside or [options.home]]
+    print("\n".join(audit.text() for audit in audits))
+    return 1 if any(audit.problems for audit in audits) else 0
 
 
-def inspect(options: argparse.Namespace) -> int:
-    """Print rollouts or one prompt's tree, or write the page that shows them."""
+def inspect(options: argparse.Namespace) -> str:
+    """Show rollouts or one prompt's tree as text, or write the page that shows them."""
+    home = _existing(options.home)
     if options.tree is not None:
-        return inspect_tree(options)
+        from ziprc.pages.tree import tree_html, tree_text
+
+        chosen = (home, options.tree, options.policy, options.budget)
+        return tree_text(*chosen) if options.text else f"inspect: wrote {tree_html(*chosen)}; open it in a browser"
+    table = home / "introspection" / f"{options.checkpoint}.parquet"
+    if not table.exists():
+        raise UserError(f"{table} does not exist, so there is nothing to look at. Build it first: `make {table}`.")
     from ziprc.pages.inspect import inspect_html, inspect_text
 
     if options.text:
-        print(inspect_text(options.home, options.checkpoint, options.count or 2))
-        return 0
-    page = inspect_html(options.home, options.checkpoint, options.count or 8)
-    print(f"inspect: wrote {page}; open it in a browser")
-    return 0
+        return inspect_text(home, options.checkpoint, options.count or 2)
+    return f"inspect: wrote {inspect_html(home, options.checkpoint, options.count or 8)}; open it in a browser"
 
 
-def inspect_tree(options: argparse.Namespace) -> int:
-    """One prompt's tree of branches, as it was sampled live."""
-    from ziprc.pages.tree import tree_html, tree_text
-
-    chosen = (options.home, options.tree, options.policy, options.budget)
-    if options.text:
-        print(tree_text(*chosen))
-        return 0
-    print(f"inspect: wrote {tree_html(*chosen)}; open it in a browser")
-    return 0
+def _existing(home: Path) -> Path:
+    """A folder of results; UserError when it is not there."""
+    if not home.is_dir():
+        known = [path.name for path in home.parent.glob("*/") if not path.name.startswith(".")]
+        hint = nearest(home.name, known) if known else ""
+        raise UserError(f"There is no folder {home}{hint}. An experiment's is made by `make all EXPERIMENT=…`.")
+    return home
 
 
 def sample(options: argparse.Namespace) -> int:
     """Answer one question live."""
+    if options.policy not in LIVE_POLICIES:
+        raise UserError(
+            f"There is no live policy '{options.policy}'{nearest(options.policy, LIVE_POLICIES)} (--policy)."
+        )
+    if not options.samples >= 1:
+        raise UserError(f"--budget counts samples and must be at least 1, found {options.samples:g}.")
+    if not options.checkpoint.is_dir():
+        raise UserError(
+            f"There is no checkpoint {options.checkpoint}. Give a folder such as results/toy/checkpoints/ziprc."
+        )
     from ziprc.pages.terminal import sample as show
     from ziprc.sampling.live.asking import Wishes
 
@@ -109,86 +109,49 @@ def sample(options: argparse.Namespace) -> int:
     return show(Wishes(**named), options.json)
 
 
-def summary(options: argparse.Namespace) -> int:
-    """Print the table of headline numbers; draw the figures when asked."""
-    from ziprc.pages.summary import sampling_table
-    from ziprc.pages.summary import summary as headline_table
+def summary(options: argparse.Namespace) -> str:
+    """The table of headline numbers; draws the figures when asked."""
+    from ziprc.evaluation.outcomes import MOMENTS
+    from ziprc.pages import summary as tables
+    from ziprc.store.files import read_json
 
-    print(headline_table(options.homes))
-    print("\n" + sampling_table(options.homes))
+    first, *_ = map(_existing, options.homes)
+    lines = [tables.summary(options.homes), tables.sampling_table(options.homes)]
     if options.figure:
-        from ziprc.evaluation.outcomes import MOMENTS
         from ziprc.pages.figures import overview
-        from ziprc.store.files import read_json
 
-        overview(options.figure, read_json(options.homes[0] / "metrics/zip-rc.json")["prediction"], MOMENTS)
-        print(f"\nsummary: drew {options.homes[0]} into {options.figure}")
+        overview(options.figure, read_json(first / "metrics/zip-rc.json")["prediction"], MOMENTS)
+        lines.append(f"summary: drew {first} into {options.figure}")
     if options.frontier:
         from ziprc.pages.figures import frontier_figure
-        from ziprc.store.files import read_json
 
-        frontier_figure(options.frontier, read_json(options.homes[0] / "frontier.json"))
-        print(f"\nsummary: drew the frontier of {options.homes[0]} into {options.frontier}")
-    return 0
+        frontier_figure(options.frontier, read_json(first / "frontier.json"))
+        lines.append(f"summary: drew the frontier of {first} into {options.frontier}")
+    return "\n\n".join(lines)
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace) -> str:
     from ziprc.integrations.wide import export_wide
 
-    rows, left_out = export_wide(Layout(options.home.parent, options.home.name), options.name, options.target)
-    print(f"export: wrote {rows} rollouts to {options.target}, left out {left_out} without a grade or value")
-    return 0
+    home = _existing(options.home)
+    rows, left_out = export_wide(Layout(home.parent, home.name), options.name, options.target)
+    return f"export: wrote {rows} rollouts to {options.target}, left out {left_out} without a grade or value"
 
 
-def import_(options: argparse.Namespace) -> int:
+def import_(options: argparse.Namespace) -> str:
     from ziprc.integrations.wide import import_wide
 
     rows = import_wide(options.source, Layout(options.home.parent, options.home.name), options.name)
-    print(f"import: wrote {rows} rollouts to {options.home}")
-    return 0
+    return f"import: wrote {rows} rollouts to {options.home}"
 
 
-def fetch(options: argparse.Namespace) -> int:
+def fetch(options: argparse.Namespace) -> str:
     from ziprc.integrations.fetch import fetch_experiment
 
-    print(fetch_experiment(load(options.config_file, options.experiment, options.set)))
-    return 0
+    return "\n".join(map(fetch_experiment, look_up(options).configs.values()))
 
 
-def add_container_argument(sub: argparse.ArgumentParser) -> None:
-    """The option of commands that may run stages in an image."""
-    sub.add_argument(
-        "--container", nargs="?", const="auto", metavar="IMAGE",
-        help="run the stages in a container image: cpu or cuda as `make image` built it, the path of another, or what the "
-        "experiment's GPUs call for",
-    )  # fmt: skip
-
-
-def add_sample_arguments(sub: argparse.ArgumentParser) -> None:
-    """The options of `ziprc sample`; what is left out comes from the checkpoint's experiment."""
-    sub.add_argument("prompt", help="the question, as the checkpoint's task asks it")
-    sub.add_argument("--checkpoint", type=Path, required=True, help="a folder with a joint head and calibration.json")
-    sub.add_argument(
-        "--policy", default="zip-rc-plus", help="or zip-rc-plus-branching, zip-rc-plus-wide, zip-rc, majority"
-    )
-    sub.add_argument(
-        "--budget", dest="samples", type=float, default=4, help="in samples; frontier.json says which price"
-    )
-    sub.add_argument("--price", type=float, help="of a token, in probability of a right answer (zip-rc-plus)")
-    sub.add_argument("--alpha", type=float, help="share of tokens in the cost, the rest is time (zip-rc)")
-    sub.add_argument("--beta", type=float, help="weight of the cost (zip-rc)")
-    sub.add_argument("--interval", type=int, help="tokens between two decisions")
-    sub.add_argument("--max-tokens", type=int, help="of all branches together")
-    sub.add_argument("--max-steps", type=int, help="serial decoding steps")
-    sub.add_argument("--max-branches", type=int)
-    sub.add_argument("--max-new-tokens", type=int, help="of one response")
-    sub.add_argument("--temperature", type=float)
-    sub.add_argument("--min-p", type=float)
-    sub.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="whether the model thinks first")
-    sub.add_argument("--task", help="whose answers are compared: arithmetic, countdown, hub")
-    sub.add_argument("--engine", choices=("vllm", "hf"))
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true", help="print one JSON object at the end, nothing else")
+# --- the command line --------------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
@@ -198,47 +161,89 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, action: object, summary: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, action: Action, summary: str, example: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
         sub.set_defaults(action=action)
         return sub
 
-    sub = command("doctor", doctor, "check the installation", "ziprc doctor")
-    sub.add_argument("--accelerator", choices=("cpu", "cuda"), help="what the installation is meant for")
+    _add_workflow(command)
+    _add_results(command)
+    _add_sample(command)
+    return top
 
-    sub = command("run", run, "run one stage through accelerate", "ziprc run rollouts --experiment smoke --name train")
-    sub.add_argument("stage")
+
+Command = Callable[[str, Action, str, str], argparse.ArgumentParser]
+
+
+def _add_workflow(command: Command) -> None:
+    """Commands that start or ask Snakemake, and those around them."""
+    sub = command("doctor", doctor, "check the installation", "ziprc doctor")
+    sub.add_argument("--accelerator", choices=ACCELERATORS, help="what the installation is meant for")
+
+    sub = command("run", run, "run one stage", "ziprc run rollouts --experiment smoke --name train")
+    sub.add_argument("stage", help="a rule of the Snakefile, such as grades")
     sub.add_argument("--name", required=True, help="which of the stage's artifacts")
     sub.add_argument("--threads", type=int, default=1, help="CPU threads")
     sub.add_argument("--rendezvous", metavar="HOST:PORT", help="of the first node, when several train together")
     sub.add_argument("--machine-rank", type=int, help="number of this node, from 0; SLURM knows it")
     add_experiment_arguments(sub)
 
-    sub = command("build", build, "build an experiment, or single artifacts of it", "ziprc build --experiment smoke")
-    sub.add_argument("targets", nargs="*", help="artifact files; all of them when empty")
-    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
-    sub.add_argument("--dry-run", action="store_true")
-    add_container_argument(sub)
-    add_experiment_arguments(sub)
+    sub = command("build", build, "build experiments, or single artifacts", "ziprc build --experiment smoke")
+    _add_wanted(sub, targets=True, suite=True, container=True)
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be done, in Snakemake's words")
 
-    sub = command(
-        "why", why, "say in words what would rerun", "ziprc why --experiment smoke results/smoke/metrics/zip-rc.json"
-    )
-    sub.add_argument("targets", nargs="*")
-    sub.add_argument("--profile")
-    add_container_argument(sub)
-    add_experiment_arguments(sub)
+    sub = command("why", explain, "say in words what would rerun", "ziprc why results/smoke/metrics/zip-rc.json")
+    _add_wanted(sub, targets=True, suite=True, container=True)
 
     sub = command("unlock", unlock, "remove a lock that a killed run left", "ziprc unlock --experiment smoke")
-    sub.add_argument("--profile")
-    add_experiment_arguments(sub)
+    _add_wanted(sub)
 
+    sub = command("dag", draw, "draw the graph of an experiment's rules", "ziprc dag --experiment smoke")
+    _add_wanted(sub)
+
+    example = "ziprc provenance --experiment smoke"
+    _add_wanted(command("provenance", provenance, "write Snakemake's own report of an experiment", example))
+
+    example = "ziprc fetch --experiment qwen3-0.6b"
+    _add_wanted(command("fetch", fetch, "download models and data beforehand", example), suite=True)
+
+
+def _add_wanted(
+    sub: argparse.ArgumentParser, targets: bool = False, suite: bool = False, container: bool = False
+) -> None:
+    """Options that say which experiments, and which files of them, in which variant, by which means."""
+    if targets:
+        sub.add_argument("targets", nargs="*", help="artifact files; everything when there is none")
+    named = sub.add_mutually_exclusive_group()
+    default = f"that of the targets, or {DEFAULT_EXPERIMENT}" if targets else DEFAULT_EXPERIMENT
+    named.add_argument("--experiment", help=f"a name under `experiments` in the configuration file; default: {default}")
+    if suite:
+        named.add_argument("--suite", help="a name under `suites`: all its experiments")
+        sub.add_argument("--system", help="only what this system is for, such as zip-rc; all: every system")
+    sub.add_argument("--config-file", type=Path, default=Path("config.yaml"), help="the configuration file")
+    sub.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25"
+    )
+    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
+    if container:
+        sub.add_argument(
+            "--container", nargs="?", const="auto", metavar="IMAGE",
+            help="run the stages in a container image: cpu or cuda as `make image` built it, the path of another, or what "
+            "the experiment's GPUs call for",
+        )  # fmt: skip
+
+
+def _add_results(command: Command) -> None:
+    """Commands that read or write results without Snakemake."""
+    home = "results/<experiment>"
     sub = command("verify", verify, "check every digest of an experiment", "ziprc verify results/smoke")
-    sub.add_argument("home", type=Path, help="results/<experiment>")
+    sub.add_argument("home", type=Path, help=f"{home}, or `results` for each experiment in it")
 
     sub = command("inspect", inspect, "look at rollouts, token by token", "ziprc inspect results/smoke --text")
-    sub.add_argument("home", type=Path, help="results/<experiment>")
-    sub.add_argument("--checkpoint", default="ziprc")
+    sub.add_argument("home", type=Path, help=home)
+    sub.add_argument(
+        "--checkpoint", default="ziprc", help="whose expectations, as in introspection/<checkpoint>.parquet"
+    )
     sub.add_argument("--count", type=int, help="rollouts shown")
     sub.add_argument("--text", action="store_true", help="print in the terminal")
     sub.add_argument(
@@ -247,43 +252,63 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--policy", help="whose tree, as in samples/<policy>.parquet")
     sub.add_argument("--budget", help="of the tree; the largest when left out")
 
-    add_sample_arguments(
-        command(
-            "sample",
-            sample,
-            "answer one question by adaptive sampling, live",
-            'ziprc sample "Make 24 from 3,5,7" --checkpoint results/toy/checkpoints/ziprc',
-        )
-    )
-
     sub = command("summary", summary, "headline numbers of several runs", "ziprc summary results/toy results/toy-seed1")
-    sub.add_argument("homes", nargs="+", type=Path, help="results/<experiment> …")
+    sub.add_argument("homes", nargs="+", type=Path, help=f"{home} …")
     sub.add_argument("--figure", type=Path, metavar="PNG", help="also draw the predictors of the first run")
     sub.add_argument("--frontier", type=Path, metavar="PNG", help="also draw accuracy against tokens of the first run")
 
     sub = command("export", export, "write the wide table", "ziprc export results/smoke train wide.parquet")
-    sub.add_argument("home", type=Path, help="results/<experiment>")
+    sub.add_argument("home", type=Path, help=home)
     sub.add_argument("name", help="train or test")
-    sub.add_argument("target", type=Path)
+    sub.add_argument("target", type=Path, help="the table to write")
 
     sub = command("import", import_, "read a wide table", "ziprc import wide.parquet results/mine train")
-    sub.add_argument("source", type=Path)
-    sub.add_argument("home", type=Path, help="results/<experiment>")
+    sub.add_argument("source", type=Path, help="the table to read")
+    sub.add_argument("home", type=Path, help=home)
     sub.add_argument("name", help="train or test")
 
-    sub = command("fetch", fetch, "download models and data beforehand", "ziprc fetch --experiment qwen3-0.6b")
-    add_experiment_arguments(sub)
-    return top
+
+def _add_sample(command: Command) -> None:
+    """`ziprc sample`; what is left out comes from the checkpoint's experiment."""
+    example = 'ziprc sample "Compute 47+91+85" --checkpoint results/toy/checkpoints/ziprc'
+    sub = command("sample", sample, "answer one question by adaptive sampling, live", example)
+    sub.add_argument("prompt", help="the question, as the checkpoint's task asks it")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="a folder with a joint head and calibration.json")
+    sub.add_argument("--policy", default=LIVE_POLICIES[0], help=f"or {', '.join(LIVE_POLICIES[1:])}")
+    sub.add_argument(
+        "--budget", dest="samples", type=float, default=4, help="in samples; frontier.json says which price"
+    )
+    sub.add_argument("--price", type=float, help="of a token, in probability of a right answer (zip-rc-plus)")
+    sub.add_argument("--alpha", type=float, help="share of tokens in the cost, the rest is time (zip-rc)")
+    sub.add_argument("--beta", type=float, help="weight of the cost (zip-rc)")
+    sub.add_argument("--interval", type=int, help="tokens between two decisions")
+    sub.add_argument("--max-tokens", type=int, help="of all branches together")
+    sub.add_argument("--max-steps", type=int, help="serial decoding steps")
+    sub.add_argument("--max-branches", type=int, help="at once and in all")
+    sub.add_argument("--max-new-tokens", type=int, help="of one response")
+    sub.add_argument("--temperature", type=float, help="of sampling")
+    sub.add_argument("--min-p", type=float, help="tokens below this share of the likeliest are not sampled")
+    sub.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="whether the model thinks first")
+    sub.add_argument("--task", help="whose answers are compared: arithmetic, countdown, hub")
+    sub.add_argument("--engine", choices=("vllm", "hf"), help="what generates")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling")
+    sub.add_argument("--json", action="store_true", help="print one JSON object at the end, nothing else")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; a UserError is printed as one paragraph, exit code 2."""
     options = parser().parse_args(argv)
     try:
-        sys.exit(options.action(options))
+        if "set" in options:
+            options.set = [one for text in options.set for one in split_overrides(text)]
+        done = options.action(options)
+        sys.exit(print(done) if isinstance(done, str) else done)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

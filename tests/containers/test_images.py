@@ -139,7 +139,7 @@ def probe(place: Place, image: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """What Python sees when it is started as Snakemake starts a stage."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(place.user_home / ".cache"))
     config = load(place.config_file, place.experiment)
-    arguments = container.apptainer_arguments(config, place.config_file, place.folder / "results", ROOT)
+    arguments = container.apptainer_arguments([config], place.config_file, place.folder / "results", ROOT)
     command = [
         "apptainer",
         "exec",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
 
 def test_two_builds_of_one_experiment_exclude_each_other(tmp_path: Path) -> None:
     lock_experiment(tmp_path / "toy")
-    with pytest.raises(UserError, match="is being built by the run with pid"):
+    with pytest.raises(UserError, match=rf"is being built by process {os.getpid()} .*stop it \(`kill {os.getpid()}`\)"):
         lock_experiment(tmp_path / "toy")
 
 
@@ -81,7 +82,22 @@ def test_seeds_depend_on_every_part_and_fit_an_int64() -> None:
     assert len(seeds) == 300 and max(seeds) < 2**63
 
 
-def test_a_plan_is_told_in_sentences() -> None:
-    plan = "Job 3: grades: is the answer right? train of smoke\nReason: Missing output files: results/smoke/grades/train.parquet"
-    assert "1 jobs would run" in explain_plan(plan) and "not there: grades/train.parquet" in explain_plan(plan)
+PLAN = """
+Job 3: grades: is the answer right? train of smoke
+Reason: Missing output files: results/smoke/grades/train.parquet
+Job 4: grades: is the answer right? test of smoke
+Reason: Updated input files: results/smoke/rollouts/test.manifest.json
+Job 5: report: the page, smoke
+Reason: Input files updated by another job: results/smoke/metrics.json
+"""
+
+
+def test_a_plan_is_told_in_a_line_a_stage_and_then_in_sentences() -> None:
+    told = explain_plan(PLAN)
+    summary, _, details = told.partition("* ")
+    first, _, grades, report, *_ = summary.split("\n")
+    assert first == "3 jobs would run:"
+    assert grades.split() == ["grades", "2", "not", "there", "(1),", "its", "input", "has", "changed", "(1)"]
+    assert report.split() == ["report", "1", "its", "input", "is", "made", "anew"]
+    assert "grades: is the answer right? train of smoke\n    not there: grades/train.parquet" in details
     assert explain_plan("Nothing to be done.") == "Nothing would rerun: everything is up to date."

@@ -38,7 +38,7 @@ def apptainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def arguments(config: Config, results: Path) -> tuple[list[str], dict[str, str], list[str]]:
     """(flags, variables, bound folders) as Apptainer would read them."""
-    words = shlex.split(container.apptainer_arguments(config, ROOT / "config.yaml", results, ROOT))
+    words = shlex.split(container.apptainer_arguments([config], ROOT / "config.yaml", results, ROOT))
     flags = [word for word in words if word.startswith("--") and word not in ("--env", "--bind")]
     variables = dict(words[i + 1].split("=", 1) for i, word in enumerate(words) if word == "--env")
     return flags, variables, [words[i + 1] for i, word in enumerate(words) if word == "--bind"]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from ziprc.workflow import doctor
@@ -30,7 +35,7 @@ def test_the_table_has_a_row_for_every_check_and_counts_problems() -> None:
 
 
 def test_the_installed_environment_matches_its_lock() -> None:
-    problems = [c for c in doctor.diagnose("cpu") if c.problem and c.what not in ("memory", "disk", "devices")]
+    problems = [c for c in doctor.diagnose() if c.problem and c.what not in ("memory", "disk", "devices")]
     assert problems == []
 
 
@@ -39,3 +44,13 @@ def test_the_processor_is_named_and_never_a_problem(monkeypatch: pytest.MonkeyPa
     check = doctor.processor_check()
     assert check.found.endswith("bf16 instructions: no; float32 is used") and not check.problem
     assert "processor" in [one.what for one in doctor.diagnose("cpu")]
+
+
+def test_before_anything_is_installed_it_runs_and_says_so() -> None:
+    """With a bare Python, which has none of our packages and none of theirs."""
+    root = Path(doctor.__file__).parents[2]
+    command = [sys.executable, "-S", "-E", "-m", "ziprc.workflow.doctor", "--accelerator", "cpu"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1 and re.search(r"packages +not installed +! run `make install`", done.stdout), (
+        done.stderr
+    )

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from ziprc.cli import parser
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.store.layout import Layout
 from ziprc.systems import graph_of
-from ziprc.workflow.build import call_to_the_end
-from ziprc.workflow.launch import first_line, meeting_port, root_of, stage_command
+from ziprc.workflow.call import call_to_the_end
+from ziprc.workflow.launch import (
+    first_line,
+    meeting_port,
+    one_process,
+    one_process_environment,
+    root_of,
+    stage_command,
+)
 
 CONFIG = root_of(Path(__file__)) / "config.yaml"
 
@@ -31,7 +41,32 @@ def command(stage: str, *more: str, base: str = "scratch", **runtime: object) ->
 
 def test_one_node_starts_a_process_for_each_gpu() -> None:
     assert "ddp.yaml --num_processes 4 --main_process_port 0" in command("base", accelerate="ddp", gpus=4)
-    assert "--num_processes" not in command("base", accelerate="single", gpus=1)
+    assert "accelerate" not in command("base", accelerate="single", gpus=1)
+
+
+def accelerates_own(profile: Path) -> dict[str, str]:
+    """The environment in which accelerate's launcher would start one process."""
+    arguments = ["--config_file", str(profile), "--num_cpu_threads_per_process", "6", "-m", "stage"]
+    settings, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    return prepare_simple_launcher_cmd_env(settings)[1]
+
+
+def test_one_process_starts_as_accelerate_would_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE", "KMP"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    alone = [p for p in sorted((CONFIG.parent / "profiles" / "accelerate").glob("*.yaml")) if one_process(p)]
+    assert [profile.stem for profile in alone] == ["cpu", "single"]
+    for profile in alone:
+        assert {**os.environ, **(one_process_environment(profile) or {})} == accelerates_own(profile)
+
+
+def test_settings_that_only_accelerate_knows_are_left_to_its_launcher(tmp_path: Path) -> None:
+    profile = tmp_path / "compiled.yaml"
+    profile.write_text(
+        (CONFIG.parent / "profiles/accelerate/cpu.yaml").read_text() + "dynamo_config: {dynamo_backend: INDUCTOR}\n"
+    )
+    assert one_process(profile) and one_process_environment(profile) is None
 
 
 def test_several_nodes_get_one_launcher_each_from_srun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +110,7 @@ def test_stages_that_do_not_train_stay_on_one_node(monkeypatch: pytest.MonkeyPat
 def test_a_base_model_that_is_only_copied_is_copied_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "13")
     copied = command("base", base="some/model", accelerate="ddp", gpus=8, nodes=4)
-    assert "srun" not in copied and "single.yaml" in copied
+    assert "srun" not in copied and "accelerate" not in copied
 
 
 @pytest.mark.parametrize(

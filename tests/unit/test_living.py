@@ -1,17 +1,15 @@
-"""What counts as alive: jobs of SLURM in this folder, our processes in it, locks that somebody holds."""
+"""What counts as alive: jobs of SLURM in this folder, and locks that somebody holds."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ziprc.cli import parser
-from ziprc.config.load import load
 from ziprc.errors import UserError
 from ziprc.store.files import output_lock
 from ziprc.workflow import build, living
@@ -86,7 +84,7 @@ def test_ctrl_c_while_waiting_starts_nothing(squeue: Path, tmp_path: Path, monke
     answer(squeue, f"echo '7|RUNNING|{tmp_path}|rule_base_wildcards_smoke'")
     config_file = root_of(Path(__file__)) / "config.yaml"
     options = parser().parse_args(["build", "--experiment", "smoke", "--config-file", str(config_file)])
-    assert build.build(options, load(config_file, "smoke")) == 130
+    assert build.build(options) == 130
     assert not (tmp_path / ".snakemake").exists()
 
 
@@ -112,38 +110,6 @@ def test_accounting_decides_how_the_end_of_jobs_is_known(squeue: Path, output: s
     assert living.status_command() == command
 
 
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that looks like a stage in `tmp_path`."""
-    yield from start(tmp_path, {})
-
-
-def start(folder: Path, extra: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    code = "print(flush=True); import time; time.sleep(60)"
-    environment = {k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"} | extra
-    command = [sys.executable, "-c", code, "-m", "ziprc.stages.rollouts", "--name", "train"]
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_stage_in_this_folder_is_alive_and_in_another_is_not(stage: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    found = living.processes(tmp_path)
-    assert [one.stop for one in found] == [f"kill {stage.pid}"]
-    assert "ziprc.stages.rollouts --name train" in found[0].what
-    assert living.processes(tmp_path.parent) == []
-
-
-def test_a_process_of_slurm_is_left_to_its_job(tmp_path: Path) -> None:
-    inside = start(tmp_path, {"SLURM_JOB_ID": "13"})
-    next(inside)
-    assert living.processes(tmp_path) == []
-    inside.close()
-
-
 def test_a_lock_is_alive_while_somebody_holds_it(tmp_path: Path) -> None:
     target = tmp_path / "toy" / "grades" / "train.parquet"
     with output_lock(target):
@@ -159,11 +125,24 @@ def unlock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return build.unlock(parser().parse_args(["unlock", "--experiment", "smoke", "--config-file", str(config)]))
 
 
-def test_unlock_refuses_while_something_is_alive_and_names_it(
-    stage: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unlock_refuses_while_a_lock_is_held_and_names_every_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=rf"process {stage.pid}: ziprc.stages.rollouts.*stop it: `kill {stage.pid}`"):
-        unlock(tmp_path, monkeypatch)
+    """The lock of an experiment is inherited, so a stage that outlived its build is as much a holder as the build."""
+    handle = build.lock_experiment(tmp_path / "results" / "smoke")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[handle])
+    try:
+        with pytest.raises(UserError) as refused:
+            unlock(tmp_path, monkeypatch)
+        both = sorted([os.getpid(), child.pid])
+        assert f"stop it: `kill {both[0]} {both[1]}`" in str(refused.value)
+        os.close(handle)
+        with pytest.raises(UserError, match=rf"process {child.pid} \(-c import time.*stop it: `kill {child.pid}`"):
+            unlock(tmp_path, monkeypatch)
+    finally:
+        child.kill()
+        child.wait()
+    assert "nothing was locked" in unlock(tmp_path, monkeypatch)
 
 
 def test_unlock_removes_a_lock_that_nobody_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ STAGES = {
 }
 PATIENCE_S = 300
 TRIES = 5  # at striking before the stage is done
-ENDS_WITHIN_S = 60  # after SIGTERM, or after its launcher died
+ENDS_WITHIN_S = 60  # after SIGTERM, or after its main process died
 PAGE = 4096  # of a tmpfs
 DAY_S = 86400
 CLOCK = Path(__file__).parent / "clock.c"
@@ -172,7 +172,7 @@ class Bench:
 
 
 class Running:
-    """A stage in a session of its own, launcher and children included."""
+    """A stage in a session of its own, children included."""
 
     count = 0
 
@@ -204,7 +204,7 @@ class Running:
         return found
 
     def signal_all(self, number: int) -> None:
-        """At once to the launcher's process group, which all of the session are in."""
+        """At once to the stage's process group, which all of the session are in."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -267,17 +267,16 @@ def kill(bench: Bench, rng: random.Random, kills: int, chains: int) -> None:
             bench.forget()
 
 
-def kill_launcher(bench: Bench, rng: random.Random) -> None:
-    """SIGKILL to the launcher alone: the stage must not go on by itself."""
-    bench.timed()
+def kill_main(bench: Bench, rng: random.Random) -> None:
+    """SIGKILL to the stage's own process alone: what it has started must not go on by itself."""
+    seconds = bench.timed()
     running = bench.start()
-    running.until(lambda: len(running.members()) > 1)
-    running.wait(rng.uniform(0.5, 3.0))
+    running.wait(moment(rng, seconds))
     running.process.kill()
     running.ends()
     bench.check_partial()
     bench.finish()
-    LEDGER.add("launcher killed", bench.stage)
+    LEDGER.add("main killed", bench.stage)
 
 
 def terminate(bench: Bench, rng: random.Random) -> None:

@@ -35,7 +35,7 @@ LOST_WORKERS = 3
 Fault = Callable[[Bench, random.Random], None]
 FAULTS: dict[str, Fault] = {
     "kill": lambda bench, rng: faults.kill(bench, rng, KILLS, CHAINS),
-    "kill-launcher": faults.kill_launcher,
+    "kill-main": faults.kill_main,
     "terminate": faults.terminate,
     "two-at-once": faults.two_at_once,
     "clock-jump": faults.clock_jump,
@@ -173,8 +173,8 @@ def test_kill_9_loses_nothing(trial: tuple[str, str], trials: Trials) -> None:
     trials[trial].result()
 
 
-@every("kill-launcher")
-def test_a_stage_ends_with_its_launcher(trial: tuple[str, str], trials: Trials) -> None:
+@every("kill-main")
+def test_what_a_stage_has_started_ends_with_it(trial: tuple[str, str], trials: Trials) -> None:
     trials[trial].result()
 
 

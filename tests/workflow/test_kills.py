@@ -66,5 +66,5 @@ def test_a_build_beside_a_living_one_is_refused(workplace: Workplace) -> None:
     lock = lock_experiment(workplace.home)  # as a stage that outlived its workflow would hold it
     second = workplace.run("build")
     os.close(lock)
-    assert second.returncode == 2 and "is being built by the run with pid" in second.stderr
+    assert second.returncode == 2 and f"is being built by process {os.getpid()}" in second.stderr
     assert workplace.run("build").returncode == 0

@@ -97,7 +97,7 @@ Run = Callable[[Context], str]
 def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which experiment, in which variant, and where its results are."""
     parser.add_argument("--experiment", required=True, help="a name under `experiments` in the configuration file")
-    parser.add_argument("--config-file", type=Path, default=Path("config.yaml"))
+    parser.add_argument("--config-file", type=Path, default=Path("config.yaml"), help="the configuration file")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25")
 
@@ -194,6 +194,6 @@ def _raise_stopped(number: int, frame: Any) -> None:
 
 
 def _end_with_launcher() -> None:
-    """Ask Linux for a SIGTERM when the launcher dies, so that no stage goes on alone."""
-    if sys.platform == "linux":
+    """Ask Linux for a SIGTERM when accelerate's launcher dies, so that no process of several goes on alone."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

@@ -23,6 +23,6 @@ def graph_of(config: Config, layout: Layout) -> Graph:
 
 def goals_of(config: Config, only: Sequence[str] = ()) -> list[Ref]:
     """What building an experiment means: its report, or what the section of some systems in it is made from."""
-    if not only:
+    if not only or set(config.systems) <= set(only):
         return [Ref("report", "report")]
     return [ref for system in SYSTEMS if system.name in only for ref in system.shows(config).values()]

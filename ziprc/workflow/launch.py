@@ -1,4 +1,8 @@
-"""Starting one stage through accelerate: in one process, on all GPUs of a node, or on several nodes of a SLURM job."""
+"""Starting one stage: in one process, on all GPUs of a node, or on several nodes of a SLURM job.
+
+Several processes are accelerate's business. For one process its launcher would import torch, which takes 1.7 CPU-seconds a
+stage, only to set a few variables and start Python a second time; they are set here, and a test holds them to accelerate's.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,10 @@ from ziprc.config.load import Config
 from ziprc.errors import UserError, nearest
 from ziprc.plan.graph import Graph
 
+PLAIN_SETTINGS = {
+    "compute_environment", "distributed_type", "use_cpu", "num_machines", "num_processes", "mixed_precision",
+}  # fmt: skip
+
 
 def root_of(config_file: Path) -> Path:
     """The project folder: where the Snakefile and the profiles are."""
@@ -24,16 +32,37 @@ def root_of(config_file: Path) -> Path:
 
 
 def stage_command(options: argparse.Namespace, graph: Graph) -> tuple[list[str], dict[str, str]]:
-    """The accelerate command line of one stage and its environment."""
+    """The command line of one stage and its environment: the stage itself, accelerate's launcher, or srun with launchers."""
     root, config = root_of(options.config_file), graph.config
     training = graph.machine(options.stage) == "big-gpu"
     file = launch_profile(root, config, training)
     if training and config.runtime.nodes > 1 and options.rendezvous is None:
         return node_launchers(options, config.runtime.nodes), stage_environment(options.threads)
+    stage = ["-m", f"ziprc.stages.{options.stage}", *stage_arguments(options)]
+    if (one := one_process_environment(file)) is not None:
+        return [sys.executable, *stage], stage_environment(options.threads) | one
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += processes_of(file, options, config)
-    command += ["--quiet", "--num_cpu_threads_per_process", str(options.threads), "-m", f"ziprc.stages.{options.stage}"]
-    return command + stage_arguments(options), stage_environment(options.threads)
+    command += ["--quiet", "--num_cpu_threads_per_process", str(options.threads)]
+    return command + stage, stage_environment(options.threads)
+
+
+def one_process_environment(profile: Path) -> dict[str, str] | None:
+    """What accelerate's launcher sets for one process; None where there are several, or settings that only it knows."""
+    settings = yaml.safe_load(profile.read_text())
+    if not one_process(profile) or set(settings) - PLAIN_SETTINGS:
+        return None
+    on_cpu = {"KMP_AFFINITY": "granularity=fine,compact,1,0", "KMP_BLOCKTIME": "1"} if settings["use_cpu"] else {}
+    return {
+        "ACCELERATE_USE_CPU": str(settings["use_cpu"]),
+        "ACCELERATE_MIXED_PRECISION": settings["mixed_precision"],
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+        "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+        **on_cpu,
+    }
 
 
 def launch_profile(root: Path, config: Config, training: bool) -> Path:

@@ -1,4 +1,4 @@
-"""What of this workflow is still alive: jobs of SLURM, processes of this machine, holders of the kernel's locks.
+"""What of this workflow is still alive: jobs of SLURM, and the processes that hold the kernel's locks.
 
 A killed Snakemake leaves its SLURM jobs running, and forgets them. Whoever starts the workflow again, or unlocks its
 folder, asks here first. Jobs are known by their working folder, which the executor sets, and by their comment,
@@ -27,9 +27,6 @@ SECONDS_FOR_AN_ANSWER = 30  # a busy controller takes some
 NO_CLUSTER = "Could not establish a configuration source"  # SLURM's commands, installed without a configuration
 SECONDS_BETWEEN_LOOKS = 10
 SECONDS_BETWEEN_LINES = 60
-OURS = re.compile(
-    r"ziprc\.stages\.|-m ziprc (build|run)\b|-m snakemake\b|bin/snakemake\b|ziprc\.cli (build|run)\b|bin/ziprc (build|run)\b"
-)
 
 
 @dataclass(frozen=True)
@@ -119,28 +116,6 @@ def _same_path(text: str, path: Path) -> bool:
     return os.path.realpath(text) == os.path.realpath(path)
 
 
-def processes(folder: Path) -> list[Living]:
-    """Processes of this machine that run the workflow in `folder`; neither this one, nor its parents, nor those of SLURM."""
-    family = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    found = []
-    for process in psutil.process_iter():
-        try:
-            command = " ".join(process.cmdline())
-            if process.pid in family or not OURS.search(command) or not _same_path(process.cwd(), folder):
-                continue
-            if "SLURM_JOB_ID" not in process.environ():
-                found.append(Living(f"process {process.pid}: {_short(command)}", f"kill {process.pid}"))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it ended just now, or it is somebody else's
-    return found
-
-
-def _short(command: str) -> str:
-    """The part of a command line that says what it does."""
-    start = OURS.search(command)
-    return command[start.start() if start else 0 :].removeprefix("-m ")[:120]
-
-
 def locks(results: Path) -> Iterator[Path]:
     """Lock files under `results` that a living process holds, on this machine or, where the file system says so, another."""
     for path in sorted([*results.glob("*/.lock"), *results.glob("*/**/.*.lock")]):
@@ -151,23 +126,24 @@ def locks(results: Path) -> Iterator[Path]:
                 yield path
 
 
-def _holder(lock: Path) -> Living:
-    """Who has a lock file open: a process of this machine that says so, or else one of another."""
+def holder(lock: Path) -> Living:
+    """Who holds a lock file: all processes of this machine that have it open, or else the one of another that it names."""
+    found: dict[int, str] = {}
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if any(_same_path(opened.path, lock) for opened in process.open_files()):
-                command = " ".join(process.cmdline())
-                return Living(f"process {process.pid}, which holds {lock}: {_short(command)}", f"kill {process.pid}")
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    written = lock.read_text().strip() or "unknown"
-    return Living(f"{lock} is held from another machine, by process {written}", f"kill {written}")
+                found[process.pid] = " ".join(process.cmdline()[1:])[:100]
+    if not found:
+        written = lock.read_text().strip() or "unknown"
+        return Living(f"process {written} of another machine, which holds {lock}", f"kill {written}")
+    which = ", ".join(f"{pid} ({command})" for pid, command in found.items())
+    what = f"process{'es' * (len(found) > 1)} {which}, which hold{'s' * (len(found) == 1)} {lock}"
+    return Living(what, f"kill {' '.join(map(str, found))}")
 
 
 def everything(folder: Path, results: Path) -> list[Living]:
-    """All that is alive of the workflow in `folder`: jobs, processes, and locks that neither of them explains."""
-    found = [*(job.living() for job in slurm_jobs(folder)), *processes(folder)]
-    return found or [_holder(lock) for lock in locks(results)]
+    """All that is alive of the workflow in `folder`: jobs, and whoever holds locks that they don't explain."""
+    return [job.living() for job in slurm_jobs(folder)] or [holder(lock) for lock in list(locks(results))]
 
 
 def wait_for_jobs(folder: Path, experiment: str, say: Callable[[str], None] = print) -> None:

@@ -8,7 +8,6 @@ and hold no time, so that a rebuilt artifact with the same content reruns nothin
 from __future__ import annotations
 
 import functools
-import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from ziprc.plan.stage import Ref, Stage
 from ziprc.store.files import write_text
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.systems import STAGES, goals_of, graph_of
+from ziprc.workflow.call import Asked
 from ziprc.workflow.needs import check_sites, resource_names, resources, threads
 
 HOME = "results/{experiment}"
@@ -35,25 +35,21 @@ class Rules:
     stages = STAGES
 
     def __init__(self, config: Mapping[str, Any], folder: str) -> None:
-        self.file = Path(config.get("config_file", Path(folder) / "config.yaml")).resolve()
-        given = config.get("set") or []
-        self.overrides: list[str] = json.loads(given) if isinstance(given, str) else list(given)
-        wanted = config.get("experiments") or [config.get("experiment", "toy")]
-        self.experiments: list[str] = [wanted] if isinstance(wanted, str) else list(wanted)
-        self.systems: list[str] = list(config.get("systems") or [])
+        self.asked = Asked.of(config, folder)
         self.sites = check_sites(config.get("classes", {}))
         self.graph = functools.cache(self._graph)
 
     def _graph(self, experiment: str) -> Graph:
-        return graph_of(load(self.file, experiment, self.overrides), Layout(Path("results"), experiment))
+        config = load(self.asked.config_file, experiment, self.asked.overrides)
+        return graph_of(config, Layout(Path("results"), experiment))
 
     @property
     def goals(self) -> list[str]:
         """Every file of the experiments that are asked for."""
         files = []
-        for experiment in self.experiments:
+        for experiment in self.asked.experiments:
             graph = self.graph(experiment)
-            goals = goals_of(graph.config, self.systems)
+            goals = goals_of(graph.config, self.asked.systems)
             graph.check(goals)
             files += graph.files(graph.closure(goals))
         return [str(file) for file in files]
@@ -61,8 +57,9 @@ class Rules:
     def names(self, stage: Stage[Any]) -> str:
         """A pattern of every name that the stage has in any experiment of the file."""
         found: set[str] = set()
-        for experiment in experiments(self.file):
-            config = self.graph(experiment).config if experiment in self.experiments else load(self.file, experiment)
+        file, asked = self.asked.config_file, self.asked.experiments
+        for experiment in experiments(file):
+            config = self.graph(experiment).config if experiment in asked else load(file, experiment)
             found |= set(stage.variants(config))
         return "|".join(map(re.escape, sorted(found)))
 
@@ -87,9 +84,9 @@ class Rules:
         return f"{stage.name}: {says}{' of' if '{name}' in stage.says else ','} {{wildcards.experiment}}"
 
     def params(self, stage: Stage[Any]) -> dict[str, Ask]:
-        """`section`, the keys of the configuration, `code`, and `name`, for the command."""
-        name = self._of(stage, lambda graph, ref: ref.name)
-        return {"name": name, "section": self._of(stage, Graph.params), "code": self._of(stage, Graph.code)}
+        """`section`, the keys of the configuration, `code`, and for the command `stage` and `name`."""
+        named = {"stage": lambda w: stage.name, "name": self._of(stage, lambda graph, ref: ref.name)}
+        return {**named, "section": self._of(stage, Graph.params), "code": self._of(stage, Graph.code)}
 
     def threads(self, stage: Stage[Any]) -> Ask:
         return lambda w: threads(self._class(stage, w), self.graph(w.experiment).config.runtime, self.sites)
@@ -105,12 +102,21 @@ class Rules:
         return {name: ask(name) for name in resource_names(self.sites)}
 
     @property
+    def prefix(self) -> str:
+        """What precedes every shell line: it hands the settings on as "$@", quoted for the shell and against braces.
+
+        In the line itself a change of settings, be it of a runtime key, would be a change of code, and everything would run
+        again; a variable there, `{settings}`, is what Snakemake's lint forbids.
+        """
+        overrides = ["--set", *self.asked.overrides] if self.asked.overrides else []
+        settings = shlex.join(["--config-file", str(self.asked.config_file), *overrides])
+        return f"set -euo pipefail; set -- {settings.replace('{', '{{').replace('}', '}}')}; "
+
+    @property
     def command(self) -> str:
-        """The shell line of every rule; what a user wrote is quoted, for the shell and for Snakemake's own braces."""
-        settings = ["--set", *self.overrides] if self.overrides else []
-        fixed = shlex.join(["--config-file", str(self.file), *settings]).replace("{", "{{").replace("}", "}}")
-        options = "--experiment {wildcards.experiment} --threads {threads} --name {params.name}"
-        return f"python -m ziprc run {{rule}} {options} {fixed} > {{log:q}} 2>&1"
+        """The shell line of every rule. Snakemake evaluates it late, when a variable of the loop has its last value."""
+        options = "--experiment {wildcards.experiment:q} --threads {threads} --name {params.name}"
+        return f'python -m ziprc run {{params.stage}} "$@" {options} > {{log:q}} 2>&1'
 
     def _class(self, stage: Stage[Any], w: Any) -> str:
         return self.graph(w.experiment).machine(stage.name)

@@ -1,40 +1,68 @@
-"""What would rerun and why, in sentences, from Snakemake's dry run."""
+"""What Snakemake knows about an experiment: what would rerun and why, the graph of its rules, its own report."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import subprocess
+from collections import Counter
 
-from ziprc.errors import UserError
-from ziprc.workflow.build import snakemake_command
+from ziprc.store.files import write_text
+from ziprc.workflow.call import answer, snakemake_command
+from ziprc.workflow.targets import look_up
 
 
 def explain(options: argparse.Namespace) -> str:
-    """What would rerun and why, one line a job, from Snakemake's dry run."""
-    command = snakemake_command(options, "--dry-run", "--nolock", *(options.targets or ["all"]))
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f"Snakemake could not plan this:\n{(result.stderr or result.stdout)[-2000:]}")
-    return explain_plan(result.stdout + result.stderr)
+    """What would rerun and why, in sentences, from Snakemake's dry run."""
+    wanted = look_up(options)
+    command = snakemake_command(options, wanted.configs, "--dry-run", "--nolock", *(wanted.targets or ["all"]))
+    return explain_plan("".join(answer(command)))
 
 
 def explain_plan(text: str) -> str:
-    """Turn the jobs of a dry run into sentences: what the job makes, and why Snakemake would run it."""
-    lines: list[str] = []
+    """Turn the jobs of a dry run into a line a stage, and then a sentence a job: what it makes, and why it would run."""
+    jobs: list[tuple[str, str]] = []
     job = ""
     for line in text.splitlines():
         if line.startswith("Job "):
             job = line.split(": ", 1)[-1]
         elif line.startswith("Reason:") and job:
-            lines.append(f"* {job}\n    {_plain_reason(line.removeprefix('Reason:'))}")
+            jobs.append((job, _plain_reason(line.removeprefix("Reason:"))))
             job = ""
-    if not lines:
+    if not jobs:
         return "Nothing would rerun: everything is up to date."
-    return f"{len(lines)} jobs would run:\n\n" + "\n".join(lines)
+    stages: dict[str, list[str]] = {}
+    for job, reason in jobs:
+        stages.setdefault(job.partition(":")[0], []).append(reason.partition(":")[0])
+    width = max(map(len, stages))
+    table = [f"  {stage:{width}}  {len(of):3}  {_counted(of)}" for stage, of in stages.items()]
+    details = [f"* {job}\n    {reason}" for job, reason in jobs]
+    return "\n".join([f"{len(jobs)} jobs would run:", "", *table, "", *details])
+
+
+def _counted(reasons: list[str]) -> str:
+    """What begins the reasons of a stage, with how often where they differ."""
+    counts = Counter(reasons)
+    return ", ".join(reason if len(counts) == 1 else f"{reason} ({count})" for reason, count in counts.items())
 
 
 def _plain_reason(reason: str) -> str:
     plain = reason.strip().replace("Input files updated by another job", "its input is made anew")
     plain = plain.replace("Missing output files", "not there").replace("Updated input files", "its input has changed")
     return re.sub(r"results/[^/]+/", "", plain)
+
+
+def draw(options: argparse.Namespace) -> str:
+    """Write the graph of an experiment's rules as `dag.md`, a Mermaid drawing that GitHub shows."""
+    wanted = look_up(options)
+    drawing, _ = answer(snakemake_command(options, wanted.configs, "all", "--rulegraph", "mermaid-js"))
+    target = wanted.layouts[0].home / "dag.md"
+    write_text(target, f"```mermaid\n{drawing.strip()}\n```\n")
+    return f"dag: wrote {target}"
+
+
+def provenance(options: argparse.Namespace) -> str:
+    """Let Snakemake write its own report of an experiment, `snakemake.html`."""
+    wanted = look_up(options)
+    target = wanted.layouts[0].home / "snakemake.html"
+    answer(snakemake_command(options, wanted.configs, "all", "--report", str(target)))
+    return f"provenance: wrote {target}; open it in a browser"
