@@ -29,8 +29,7 @@ from ziprc.joint.head import JointHead
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.plan.stage import Ref
 from ziprc.sampling.fitting import Calibration, Fitted
-from ziprc.sampling.policies.zip_rc import JointCalibration
-from ziprc.sampling.score import Logistic, Stages
+from ziprc.sampling.score import JointCalibration, Logistic, Stages
 from ziprc.sampling.selection import VoteModel
 from ziprc.stages.context import Context
 from ziprc.store.layout import Layout

@@ -17,19 +17,8 @@ from ziprc.sampling import score
 from ziprc.sampling.competitors import NEVER, families
 from ziprc.sampling.controller import Budget, Controller
 from ziprc.sampling.policies import base
-from ziprc.sampling.policies.base import (
-    MAJORITY,
-    SCORES,
-    UNKNOWN_STYLE,
-    Baseline,
-    Best,
-    Reader,
-    Source,
-    Vote,
-    answered,
-    lower_bound,
-)
-from ziprc.sampling.policies.deepconf import DeepConfOffline, DeepConfOnline
+from ziprc.sampling.policies.base import MAJORITY, SCORES, UNKNOWN_STYLE, Baseline, Best, Reader, Source, Vote, answered
+from ziprc.sampling.policies.deepconf import DeepConfOffline, DeepConfOnline, lower_bound
 from ziprc.sampling.policies.fixed import Fixed, FixedStyle, oracle
 from ziprc.sampling.policies.pruning import LengthPruning, RandomPruning, ValuePruning, hashed_uniform
 from ziprc.sampling.policies.stopping import AdaptiveConsistency, SequentialStop, StyleStop
@@ -222,7 +211,7 @@ def loop_adaptive(prompt: int, order: np.ndarray, policy: AdaptiveConsistency) -
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("threshold", [0.7, 0.8, 0.9])
 def test_adaptive_consistency_equals_a_loop(threshold: float, batch: int):
-    policy = AdaptiveConsistency(READER, MAJORITY, threshold, ROLLOUTS, batch)
+    policy = AdaptiveConsistency(READER, threshold, ROLLOUTS, batch)
     played = run(policy)
     answers = picked(policy, played)
     for episode, prompt, order in episodes():
@@ -233,7 +222,7 @@ def test_adaptive_consistency_equals_a_loop(threshold: float, batch: int):
 
 
 def test_adaptive_consistency_stops_sooner_at_lower_thresholds():
-    samples = [run(AdaptiveConsistency(READER, MAJORITY, t, ROLLOUTS)).samples for t in (0.8, 0.9, 0.95)]
+    samples = [run(AdaptiveConsistency(READER, t, ROLLOUTS)).samples for t in (0.8, 0.9, 0.95)]
     assert (samples[0] <= samples[1]).all() and (samples[1] <= samples[2]).all()
     assert samples[0].sum() < samples[1].sum() < samples[2].sum()
 
@@ -241,11 +230,11 @@ def test_adaptive_consistency_stops_sooner_at_lower_thresholds():
 def test_adaptive_consistency_stops_at_unanimity_by_the_beta_rule():
     agreeing = replace(POOL, answer=np.zeros_like(POOL.answer), finished=np.ones_like(POOL.finished))
     for threshold, votes in ((0.7, 1), (0.8, 2), (0.9, 3), (0.95, 4), (0.99, 6)):
-        assert (run(AdaptiveConsistency(READER, MAJORITY, threshold, ROLLOUTS), agreeing).samples == votes).all()
+        assert (run(AdaptiveConsistency(READER, threshold, ROLLOUTS), agreeing).samples == votes).all()
 
 
 def test_adaptive_consistency_that_is_never_sure_is_majority():
-    never, fixed = (run(p) for p in (AdaptiveConsistency(READER, MAJORITY, 1.0, 6), Fixed(READER, MAJORITY, 6)))
+    never, fixed = (run(p) for p in (AdaptiveConsistency(READER, 1.0, 6), Fixed(READER, MAJORITY, 6)))
     assert np.array_equal(never.tokens, fixed.tokens)
     assert np.array_equal(never.score, fixed.score)
 

@@ -10,7 +10,7 @@ import pytest
 
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
-from ziprc.sampling.policies.search import best_set, initial_count
+from ziprc.sampling.policies.search import EXHAUSTIVE_SETS, best_set, initial_count
 from ziprc.sampling.policies.utility import Prices, Tables, normaliser, tables, utility
 
 GRID = BinGrid((0.0, 1.0), (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768))
@@ -98,7 +98,6 @@ def test_worked_example_has_its_mean_length() -> None:
 def test_best_set_of_the_worked_example(beta: float, value: float, horizon: int) -> None:
     chosen = best_set(tables(example(), GRID, fold="midpoint"), Prices.of(0.1, beta, [MEAN_LENGTH]))
     assert chosen.members.tolist() == [[1, 1]]
-    assert chosen.horizon.tolist() == [horizon]
     assert chosen.horizons.tolist() == [[horizon, horizon]]
     assert chosen.utility == pytest.approx(value, abs=TABLE_DIGITS)
 
@@ -114,8 +113,8 @@ def test_horizons_that_tie_but_for_rounding_go_to_the_longest(fold: str) -> None
     joint = np.zeros((200, 2, GRID.R, GRID.L))
     joint[..., :4] = np.random.default_rng(0).dirichlet(np.ones(8), (200, 2)).reshape(200, 2, 2, 4)
     chosen = utility(tables(joint, GRID, fold=fold), [AB] * 200, Prices.of(0.1, 0.05, [1000.0] * 200))
-    assert {*chosen.horizon.tolist()} <= {1, 2, 3, NONE}  # from 4 on nothing is folded
-    assert NONE in chosen.horizon
+    assert {*chosen.horizons.ravel().tolist()} <= {1, 2, 3, NONE}  # from 4 on nothing is folded
+    assert NONE in chosen.horizons
 
 
 def test_nothing_is_worth_nothing_even_where_the_lowest_reward_is_not() -> None:
@@ -147,7 +146,7 @@ def test_shared_horizon_equals_the_best_of_all() -> None:
     each = [utility(at_horizon(rule, h), [AB], prices).utility[0] for h in range(1, NONE + 1)]
     chosen = utility(rule, [AB], prices)
     assert chosen.utility[0] == max(each)
-    assert chosen.horizon[0] == 1 + int(np.argmax(each))
+    assert (chosen.horizons[0] == 1 + int(np.argmax(each))).all()
 
 
 def test_finished_samples_count_by_their_own_value_and_cost_nothing() -> None:
@@ -156,48 +155,46 @@ def test_finished_samples_count_by_their_own_value_and_cost_nothing() -> None:
     chosen = utility(rule, [[[0, 0], [0, 1]]], prices, "none")
     cost = 0.01 / MEAN_LENGTH * 5836.8
     assert chosen.utility[0] == pytest.approx([0.65, 0.65 + 0.3 * 0.35 - cost])
-    assert chosen.horizon.tolist() == [[NONE, NONE]]
+    assert chosen.horizons.tolist() == [[[0, 0], [0, NONE]]]
     with pytest.raises(UserError, match="finished or empty"):
         utility(rule, [[1, 0]], prices)
 
 
-def test_a_set_that_is_not_worth_its_cost_is_not_run_unless_it_must() -> None:
-    rule = tables(np.repeat(example(), 2, 0), GRID)
-    prices = Prices.of(0.1, 100.0, [MEAN_LENGTH] * 2)
-    chosen = best_set(rule, prices, must_run=[False, True])
-    assert chosen.members.sum(-1).tolist() == [0, 1]
-    assert chosen.utility[0] == 0 > chosen.utility[1]
-    climbed = best_set(rule, prices, must_run=[False, True], exhaustive_sets=0)
-    assert climbed.members.tolist() == chosen.members.tolist()
+@pytest.fixture
+def exhaustive_sets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ziprc.sampling.policies.search.EXHAUSTIVE_SETS", request.param)
+
+
+searches = pytest.mark.parametrize("exhaustive_sets", [0, EXHAUSTIVE_SETS], indirect=True)
+
+
+@searches
+def test_a_set_that_is_not_worth_its_cost_is_not_run_unless_it_must(exhaustive_sets: None) -> None:
+    rule, prices = tables(example(), GRID), Prices.of(0.1, 100.0, [MEAN_LENGTH])
+    free, forced = (best_set(rule, prices, must_run=must) for must in (False, True))
+    assert free.members.sum() == 0 and forced.members.tolist() == [[1, 0]]
+    assert free.utility[0] == 0 > forced.utility[0]
 
 
 def test_a_prompt_that_must_run_but_cannot_is_refused() -> None:
     rule = tables(example(), GRID, finished=[[True, True]], finished_value=[[0.1, 0.2]])
     with pytest.raises(UserError, match="prompt 0 must run"):
-        best_set(rule, Prices.of(0.1, 0.01, [MEAN_LENGTH]), must_run=[True])
+        best_set(rule, Prices.of(0.1, 0.01, [MEAN_LENGTH]), must_run=True)
 
 
-@pytest.mark.parametrize("exhaustive_sets", [0, 256])
-def test_a_cap_drops_by_utility_and_not_by_index(exhaustive_sets: int) -> None:
-    joint = example()[:, [1, 1, 0, 1]]
-    prices = Prices.of(0.1, 0.01, [MEAN_LENGTH])
-    chosen = best_set(tables(joint, GRID), prices, max_active=1, exhaustive_sets=exhaustive_sets)
-    assert chosen.members.tolist() == [[0, 0, 1, 0]]
-
-
-@pytest.mark.parametrize("exhaustive_sets", [0, 256])
-def test_equal_sets_go_to_the_larger(exhaustive_sets: int) -> None:
+@searches
+def test_equal_sets_go_to_the_larger(exhaustive_sets: None) -> None:
     sure = np.zeros((1, 2, GRID.R, GRID.L))
     sure[..., 1, 2] = 1.0
-    chosen = best_set(tables(sure, GRID), Prices.of(0.0, 0.01, [MEAN_LENGTH]), exhaustive_sets=exhaustive_sets)
+    chosen = best_set(tables(sure, GRID), Prices.of(0.0, 0.01, [MEAN_LENGTH]))
     assert chosen.members.tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize("exhaustive_sets", [0, 256])
-def test_copies_of_a_root_equal_that_many_slots(exhaustive_sets: int) -> None:
+@searches
+def test_copies_of_a_root_equal_that_many_slots(exhaustive_sets: None) -> None:
     joint, prices = example(), Prices.of(0.1, 0.01, [MEAN_LENGTH])
-    counted = best_set(tables(joint, GRID), prices, limits=[[1, 4]], exhaustive_sets=exhaustive_sets)
-    spelled = best_set(tables(joint[:, [0, 1, 1, 1, 1]], GRID), prices, exhaustive_sets=exhaustive_sets)
+    counted = best_set(tables(joint, GRID), prices, limits=[[1, 4]])
+    spelled = best_set(tables(joint[:, [0, 1, 1, 1, 1]], GRID), prices)
     assert counted.utility == pytest.approx(spelled.utility)
     assert counted.members[0, 1] == spelled.members[0, 1:].sum() > 1
 
@@ -215,18 +212,16 @@ def test_the_answer_for_a_prompt_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_initial_count_grows_with_reward_and_falls_with_price() -> None:
-    root = example()[:, 1]
-    dear, cheap, free = (
-        initial_count(root, 8, GRID, Prices.of(1.0, beta, [MEAN_LENGTH]))[0] for beta in (3.0, 0.02, 0.0)
-    )
+    root = tables(example()[:, 1:], GRID)
+    dear, cheap, free = (initial_count(root, 8, Prices.of(1.0, beta, [MEAN_LENGTH]))[0] for beta in (3.0, 0.02, 0.0))
     assert 1 == dear < cheap <= free == 8
 
 
 def test_initial_count_is_the_best_of_all_counts() -> None:
-    root, prices = example()[:, 0], Prices.of(1.0, 0.1, [MEAN_LENGTH])
+    root, prices = tables(example()[:, :1], GRID), Prices.of(1.0, 0.1, [MEAN_LENGTH])
     chances = 1 - 0.4 ** np.arange(1, 9)
     by_hand = chances - 0.1 / MEAN_LENGTH * 2918.4 * np.arange(1, 9)
-    assert initial_count(root, 8, GRID, prices, horizons="none") == [1 + np.argmax(by_hand)]
+    assert initial_count(root, 8, prices, "none") == [1 + np.argmax(by_hand)]
 
 
 def test_half_precision_joints_are_normalised() -> None:

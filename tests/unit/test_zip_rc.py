@@ -14,10 +14,10 @@ from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling.controller import NONE, Budget, Controller, Decision
 from ziprc.sampling.policies.search import initial_count
-from ziprc.sampling.policies.utility import Horizons, Prices
-from ziprc.sampling.policies.zip_rc import JointCalibration, Pick, ZipRC
+from ziprc.sampling.policies.utility import Horizons, Prices, tables
+from ziprc.sampling.policies.zip_rc import ZipRC
 from ziprc.sampling.replay import Played, Pool, pool_orders, replay, track
-from ziprc.sampling.score import joint_summary
+from ziprc.sampling.score import JointCalibration, joint_summary
 from ziprc.sampling.tree import NO_ANSWER, Status, Trees
 
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 4, 8, 16, 40))
@@ -32,8 +32,6 @@ SETTINGS = [
     {"independent": True},
     {"can_pause": False},
     {"k_max": 3},
-    {"fold": "midpoint"},
-    {"selector": Pick.VALUE_VOTE},
 ]
 
 
@@ -139,13 +137,14 @@ def test_every_setting_has_its_own_name():
 # The first decision.
 
 
-@pytest.mark.parametrize("kw", SETTINGS[:4])
-def test_the_first_decision_starts_as_many_as_the_initial_count(kw: dict):
+@pytest.mark.parametrize(("horizons", "independent"), [*((mode, False) for mode in Horizons), (Horizons.SHARED, True)])
+def test_the_first_decision_starts_as_many_as_the_initial_count(horizons: Horizons, independent: bool):
     joints = np.random.default_rng(0).dirichlet(np.full(GRID.size, 0.3), 50).astype(np.float32)
-    policy = ZipRC(GRID, 0.5, 0.2, **kw)
+    policy = ZipRC(GRID, 0.5, 0.2, horizons=horizons, independent=independent)
     decision = policy.decide(begun(joints), INTERVAL)
     prices = Prices.of(0.5, 0.2, joint_summary(joints, GRID)[1])
-    count = initial_count(joints.reshape(-1, GRID.R, GRID.L), ROLLOUTS, GRID, prices, **kw)
+    root = tables(joints.reshape(-1, 1, GRID.R, GRID.L), GRID, independent=independent)
+    count = initial_count(root, ROLLOUTS, prices, horizons)
     assert len(np.unique(count)) > 2
     assert (1 + decision.start == count).all()
     assert decision.run.sum() == len(joints)
@@ -320,21 +319,18 @@ def test_only_the_unfinished_run_and_k_max_is_kept():
 # The answer.
 
 
-def test_the_answer_has_the_highest_value_and_the_votes_can_overrule_it():
+def test_the_answer_has_the_highest_value_whatever_the_votes():
     half = cells((1, 0, 1.0))
     trees = later(*[(Status.FINISHED, 5, q) for q in (half, GOOD, half, half)], root=FAIR)
     trees.answer[0, :4] = [1, 2, 1, 1]
-    chosen = {pick: ZipRC(GRID, 1.0, 0.1, selector=pick).choose(trees) for pick in Pick}
-    assert (chosen[Pick.VALUE].slot, chosen[Pick.VALUE].probability) == (1, 1.0)
-    assert (chosen[Pick.MAJORITY].slot, chosen[Pick.MAJORITY].probability) == (0, 0.75)
-    assert (chosen[Pick.VALUE_VOTE].slot, chosen[Pick.VALUE_VOTE].probability) == (0, pytest.approx(0.6))
+    chosen = ZipRC(GRID, 1.0, 0.1).choose(trees)
+    assert (chosen.slot, chosen.probability) == (1, 1.0)
 
 
 def test_an_answer_is_preferred_to_none_whatever_the_value():
     trees = later((Status.FINISHED, 5, GOOD), (Status.FINISHED, 5, BAD), root=FAIR)
     trees.answer[0, 0] = NO_ANSWER
-    for pick in Pick:
-        assert ZipRC(GRID, 1.0, 0.1, selector=pick).choose(trees).slot == 1
+    assert ZipRC(GRID, 1.0, 0.1).choose(trees).slot == 1
 
 
 # Calibration.
@@ -367,9 +363,8 @@ def test_calibration_moves_rewards_the_way_it_says():
     assert np.allclose(up.sum(-1), 1, atol=1e-6)
 
 
-def test_calibration_is_stored_as_numbers_and_read_by_the_policy():
+def test_calibration_is_read_by_the_policy():
     found = JointCalibration(1.3, 0.2)
-    assert JointCalibration.from_dict(found.to_dict()) == found
     pool = synthetic(0)
     policy = ZipRC(GRID, 0.5, 0.1, calibration=found)
     assert np.array_equal(policy.read(pool.joint, pool.features), found.apply(pool.joint, GRID))

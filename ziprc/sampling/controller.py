@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ziprc.errors import UserError
-from ziprc.sampling.tree import Status, Trees
+from ziprc.sampling.tree import Bools, Floats, Ints, Status, Trees
 
 NONE = -1
 
@@ -49,28 +49,22 @@ class Decision:
     what is dropped last when the budget is short. `utility` [P] is only reported. A prompt with nothing to run stops.
     """
 
-    run: NDArray[np.bool_]
-    start: NDArray[np.int64]
-    priority: NDArray[np.float64]
-    utility: NDArray[np.float64]
-    branch: NDArray[np.int64]
-    branch_at: NDArray[np.int64]
+    run: Bools
+    start: Ints
+    priority: Floats
+    utility: Floats
+    branch: Ints
+    branch_at: Ints
 
     @classmethod
     def stop(cls, trees: Trees) -> Decision:
         """Nothing runs."""
-        prompts = len(trees)
-        return cls(
-            run=np.zeros((prompts, trees.slots), bool),
-            start=np.zeros(prompts, np.int64),
-            priority=np.zeros((prompts, trees.slots)),
-            utility=np.zeros(prompts),
-            branch=np.full(prompts, NONE, np.int64),
-            branch_at=np.zeros(prompts, np.int64),
-        )
+        prompts, shape = len(trees), trees.status.shape
+        start, branch, branch_at = np.zeros(prompts, int), np.full(prompts, NONE), np.zeros(prompts, int)
+        return cls(np.zeros(shape, bool), start, np.zeros(shape), np.zeros(prompts), branch, branch_at)
 
     @property
-    def going(self) -> NDArray[np.bool_]:
+    def going(self) -> Bools:
         """[P] prompts in which something runs."""
         return self.run.any(-1) | (self.start > 0) | (self.branch != NONE)
 
@@ -79,8 +73,8 @@ class Decision:
 class Choice:
     """The branch whose answer is given, [P], and the probability that it is right, [P]."""
 
-    slot: NDArray[np.int64]
-    probability: NDArray[np.float64]
+    slot: Ints
+    probability: Floats
 
 
 class Policy(Protocol):
@@ -98,7 +92,7 @@ class Policy(Protocol):
         """What should run for the next `interval` tokens. The first call sees one sample of one token per prompt."""
         ...
 
-    def expectations(self, trees: Trees) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    def expectations(self, trees: Trees) -> tuple[Floats, Floats]:
         """Expected reward and expected remaining tokens of every branch, [P, S] each, for people; NaN where not known."""
         ...
 
@@ -115,24 +109,17 @@ class Controller:
     budget: Budget = field(default_factory=Budget)
 
     def decide(self, trees: Trees) -> Decision:
-        """The policy's decision, cut down to the budget."""
-        decision = self.policy.decide(trees, self.budget.interval)
-        decision.run = decision.run & trees.unfinished
-        self._fit(decision, trees)
-        return decision
-
-    def _fit(self, decision: Decision, trees: Trees) -> None:
-        """Cut in place: first branchings, then new samples, then branches of low priority."""
+        """The policy's decision, cut down to the budget: first branchings, then new samples, then low priorities go."""
         interval = self.budget.interval
-        room = (self.budget.tokens - trees.spent) // interval
+        decision = self.policy.decide(trees, interval)
         late = trees.latency + interval > self.budget.latency
-        room = np.where(late, 0, room)
-        free = (trees.status == Status.FREE).sum(-1)
-        decision.run = keep_best(decision.run, decision.priority, room)
-        room = room - decision.run.sum(-1)
-        decision.start = np.clip(decision.start, 0, np.minimum(room, free))
-        branching = (decision.branch != NONE) & (decision.start < np.minimum(room, free))
+        room = np.where(late, 0, (self.budget.tokens - trees.spent) // interval)
+        decision.run = keep_best(decision.run & trees.unfinished, decision.priority, room)
+        room = np.minimum(room - decision.run.sum(-1), (trees.status == Status.FREE).sum(-1))
+        decision.start = np.clip(decision.start, 0, room)
+        branching = (decision.branch != NONE) & (decision.start < room)
         decision.branch = np.where(branching, decision.branch, NONE)
+        return decision
 
     def choose(self, trees: Trees) -> Choice:
         """The policy's choice; where nothing is finished, the longest branch, with probability 0."""
@@ -142,7 +129,7 @@ class Controller:
         return Choice(np.where(none, longest, chosen.slot), np.where(none, 0.0, chosen.probability))
 
 
-def keep_best(wanted: NDArray[np.bool_], priority: NDArray[np.float64], room: NDArray[np.int64]) -> NDArray[np.bool_]:
+def keep_best(wanted: Bools, priority: Floats, room: Ints) -> Bools:
     """[P, S] the `room` [P] wanted slots of highest priority (all, where there is room for all)."""
     order = np.argsort(np.where(wanted, -priority, np.inf), -1, kind="stable")
     rank = np.argsort(order, -1, kind="stable")
@@ -153,10 +140,10 @@ def keep_best(wanted: NDArray[np.bool_], priority: NDArray[np.float64], room: ND
 class Applied:
     """What a decision changed: masks [P, S]."""
 
-    started: NDArray[np.bool_]
-    branched: NDArray[np.bool_]
-    resumed: NDArray[np.bool_]
-    paused: NDArray[np.bool_]
+    started: Bools
+    branched: Bools
+    resumed: Bools
+    paused: Bools
 
 
 def apply(decision: Decision, trees: Trees) -> Applied:

@@ -11,24 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ziprc.sampling.competitors import families
 from ziprc.sampling.controller import Policy
 from ziprc.sampling.fitting import Calibration, Fitted
-from ziprc.sampling.policies.base import MAJORITY, Reader
+from ziprc.sampling.policies.base import Reader
 from ziprc.sampling.policies.fixed import Fixed
 from ziprc.sampling.policies.utility import Horizons
-from ziprc.sampling.policies.zip_rc import JointCalibration, ZipRC
+from ziprc.sampling.policies.zip_rc import ZipRC
 from ziprc.sampling.policies.zip_rc_plus import FusedThreshold, ZipRCPlus
 from ziprc.sampling.replay import Pool
 from ziprc.sampling.score import HEAD_INPUTS, TOKEN_INPUTS
+from ziprc.sampling.tree import Ints
 
 PLUS, PUBLISHED = "zip-rc-plus", "zip-rc"
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 MOST_SAMPLES = (2, 3, 4, 8, 16, 24)
 WHOLE = 1 << 20  # tokens between decisions when only whole samples are decided on
+WIDE = 4  # branches at a time
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class Setting:
     @property
     def name(self) -> str:
         """The policy's name, with what differs from the defaults."""
-        every = (
-            "" if self.interval == Setting.interval else "/whole" if self.interval == WHOLE else f"/Δ{self.interval}"
-        )
+        every = {Setting.interval: "", WHOLE: "/whole"}.get(self.interval, f"/Δ{self.interval}")
         return self.policy.name + every + (f"/w{self.window}" if self.window > 1 else "")
 
 
@@ -75,8 +72,7 @@ def published(
     fitted: Fitted, sweep: Sweep, window: int = 1, calibrated: bool | None = None, **options: object
 ) -> list[Setting]:
     """ZIP-RC over its prices, at the shortest interval."""
-    on = sweep.calibrated if calibrated is None else calibrated
-    joint: JointCalibration | None = fitted.joint if on else None
+    joint = fitted.joint if (sweep.calibrated if calibrated is None else calibrated) else None
     pairs = [(alpha, beta) for alpha in sweep.alphas for beta in sweep.betas]
     policies = [ZipRC(fitted.grid, *pair, k_max=sweep.samples, calibration=joint, **options) for pair in pairs]  # type: ignore[arg-type]
     return [Setting(policy, sweep.intervals[0], window) for policy in policies]
@@ -91,36 +87,32 @@ def ablations(fitted: Fitted, sweep: Sweep, pool: Pool, seed: int) -> Families:
     """Each with one idea taken away; `pool` are the validation rollouts, on which partial scores are fitted."""
 
     def seeing(columns: tuple[int, ...]) -> Calibration:
-        return Calibration.fit(pool, pool.joint, fitted.grid, seed, columns)
+        return Calibration.fit(pool, fitted.grid, seed, columns)
 
     sweep = replace(sweep, intervals=sweep.intervals[:1])  # one interval suffices to see what an idea is worth
     compute_only = replace(sweep, alphas=sweep.alphas[-1:])  # searching them takes ten times as long
-    best_of = replace(fitted.fused, vote=fitted.fused.vote.without_votes())
+    best_of = replace(fitted.fused, vote=replace(fitted.fused.vote, votes=0.0))  # agreement counts for nothing
+    thresholds = [FusedThreshold(fitted.fused, fitted.grid, level, most) for level in LEVELS for most in MOST_SAMPLES]
+    turned = "uncalibrated" if sweep.calibrated else "calibrated"
     return {
         f"{PLUS}: head alone": plus(fitted, sweep, seeing(HEAD_INPUTS)),
         f"{PLUS}: log-probs alone": plus(fitted, sweep, seeing(TOKEN_INPUTS)),
         f"{PLUS}: no latent difficulty": plus(fitted, sweep, latent=False),
         f"{PLUS}: whole samples": [Setting(s.policy, WHOLE) for s in plus(fitted, sweep)],
-        f"{PLUS}: threshold instead of utility": [
-            Setting(FusedThreshold(fitted.fused, fitted.grid, level, most), WHOLE)
-            for level in LEVELS
-            for most in MOST_SAMPLES
-        ],
+        f"{PLUS}: threshold instead of utility": [Setting(policy, WHOLE) for policy in thresholds],
         f"{PLUS}: no pause": plus(fitted, sweep, can_pause=False),
         f"{PLUS}: no vote": plus(fitted, sweep, best_of),
-        f"{PLUS}: four at a time": plus(fitted, sweep, width=4),
+        f"{PLUS}: four at a time": plus(fitted, sweep, width=WIDE),
         f"{PUBLISHED}: marginals": published(fitted, sweep, independent=True),
         f"{PUBLISHED}: no horizon": published(fitted, sweep, horizons=Horizons.NONE),
         f"{PUBLISHED}: own horizons": published(fitted, compute_only, horizons=Horizons.PER_SAMPLE),
         f"{PUBLISHED}: no pause": published(fitted, sweep, can_pause=False),
         f"{PUBLISHED}: smoothed": published(fitted, sweep, window=sweep.window),
-        f"{PUBLISHED}: {'un' if sweep.calibrated else ''}calibrated": published(
-            fitted, sweep, calibrated=not sweep.calibrated
-        ),
+        f"{PUBLISHED}: {turned}": published(fitted, sweep, calibrated=not sweep.calibrated),
     }
 
 
-def competitors(fitted: Fitted, styles: int, lengths: NDArray[np.integer]) -> Families:
+def competitors(fitted: Fitted, styles: int, lengths: Ints) -> Families:
     """The baselines; `styles` is the number of style codes of the pool, `lengths` those of validation rollouts."""
     found = families(fitted.grid, fitted.logprob, styles, lengths)
     return {name: [Setting(policy) for policy in policies] for name, policies in found.items()}
@@ -128,30 +120,22 @@ def competitors(fitted: Fitted, styles: int, lengths: NDArray[np.integer]) -> Fa
 
 def single(fitted: Fitted) -> Setting:
     """One sample, which every family may fall back on."""
-    return Setting(Fixed(Reader(fitted.grid, fitted.logprob), MAJORITY, 1))
-
-
-WIDE = 4  # branches at a time
+    return Setting(Fixed(Reader(fitted.grid, fitted.logprob), k=1))
 
 
 def live_setting(name: str, samples: float, frontier: Mapping[str, Any], fitted: Fitted) -> Setting:
     """The setting of one of LIVE_POLICIES for a budget of that many samples, as `frontier.json` records what validation
-    chose."""
+    chose: of the policy's settings that whose cost in the replay is nearest, on a logarithmic scale."""
     if name == "majority":
-        return Setting(Fixed(Reader(fitted.grid), MAJORITY, max(1, round(samples))))
+        return Setting(Fixed(Reader(fitted.grid), k=max(1, round(samples))))
+    tokens = samples * frontier["one_sample"]
+    settings = frontier["chosen"][PUBLISHED if name == PUBLISHED else PLUS]
+    own = min(settings, key=lambda s: abs(math.log(s["tokens"] / tokens)))
+    policy: Policy
     if name == PUBLISHED:
-        own = _chosen(frontier["chosen"][PUBLISHED], samples, frontier)
         joint = fitted.joint if own["calibrated"] else None
         policy = ZipRC(fitted.grid, own["alpha"], own["beta"], k_max=own["samples"], calibration=joint)
-        return Setting(policy, own["interval"], own["window"])
-    own = _chosen(frontier["chosen"][PLUS], samples, frontier)
-    width = WIDE if name.endswith("wide") else own["width"]
-    branching = name.endswith("branching")
-    policy = ZipRCPlus(fitted.fused, fitted.grid, own["price"], width=width, can_branch=branching, label=name)
+    else:
+        width, branching = WIDE if name.endswith("wide") else own["width"], name.endswith("branching")
+        policy = ZipRCPlus(fitted.fused, fitted.grid, own["price"], width=width, can_branch=branching, label=name)
     return Setting(policy, own["interval"], own["window"])
-
-
-def _chosen(settings: Sequence[Mapping[str, Any]], samples: float, frontier: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The setting whose cost in the replay is nearest to the budget, on a logarithmic scale."""
-    tokens = samples * frontier["one_sample"]
-    return min(settings, key=lambda s: abs(math.log(s["tokens"] / tokens)))

@@ -1,7 +1,8 @@
 """What the forward pass says about a branch besides the joint: running statistics of log-probability and entropy.
 
 One update per token, the same code for a live batch and for recorded rollouts. The reading of position j has seen the
-j tokens before it: `log_prob` is of the token just before, `entropy` of the state itself. Shapes: n branches, F features.
+j tokens before it: `log_prob` is of the token just before, `entropy` of the state itself. Of log-probabilities there are the
+mean, the lowest, the last window and the lowest window. Shapes: n branches, F features.
 """
 
 from __future__ import annotations
@@ -9,16 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-FEATURES = (
-    "tokens",
-    "mean_log_prob",
-    "min_log_prob",
-    "window_log_prob",
-    "min_window_log_prob",
-    "mean_entropy",
-    "max_entropy",
-    "slip",
-)
+from ziprc.sampling.tree import Floats
+
+FEATURES = ("tokens", "mean", "low", "window", "low window", "entropy", "high entropy", "slip")
 DECAY = 1 / 8  # of the exponential window: about the last eight tokens
 TOKENS, MEAN, LOW, WINDOW, LOW_WINDOW, ENTROPY, HIGH_ENTROPY, SLIP = range(len(FEATURES))
 
@@ -30,9 +24,7 @@ def fresh(count: int) -> NDArray[np.float32]:
     return seen
 
 
-def update(
-    seen: NDArray[np.float32], log_prob: NDArray[np.float32], entropy: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def update(seen: Floats, log_prob: Floats, entropy: Floats) -> NDArray[np.float32]:
     """[n, F] after one more reading; `tokens` counts the tokens seen, 0 after the first reading, whose `log_prob` is ignored.
 
     `slip` is the number of tokens before the least likely one: where a branch might go another way.

@@ -7,29 +7,26 @@ fitted on. Shapes: N prompts, K rollouts, T readings, C cells of the joint, n st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import betaln, expit
 
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling import features as f
-from ziprc.sampling.policies.zip_rc import JointCalibration
 from ziprc.sampling.replay import Pool, pool_orders
-from ziprc.sampling.score import INPUTS, Logistic, Stages, inputs, stage_of, token_inputs
+from ziprc.sampling.score import INPUTS, JointCalibration, Logistic, Stages, inputs, stage_of, token_inputs
 from ziprc.sampling.selection import VoteModel
-from ziprc.sampling.tree import NO_ANSWER, Status, Trees
+from ziprc.sampling.tree import NO_ANSWER, Bools, Floats, Ints, Status, Trees
 from ziprc.store.files import read_json
 
 VOTE_SIZES = (1, 2, 4, 8, 16)  # numbers of samples on which the vote model is fitted
 STATES_FOR_JOINT = 50_000
 ALL_INPUTS = tuple(range(len(INPUTS)))
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,14 @@ class Calibration:
     columns: tuple[int, ...] = ALL_INPUTS
 
     @classmethod
-    def fit(
-        cls, pool: Pool, joint: NDArray[np.floating], grid: BinGrid, seed: int, columns: tuple[int, ...] = ALL_INPUTS
-    ) -> Calibration:
-        """From a pool of validation rollouts and its joints [T, C]."""
+    def fit(cls, pool: Pool, grid: BinGrid, seed: int, columns: tuple[int, ...] = ALL_INPUTS) -> Calibration:
+        """From a pool of validation rollouts."""
         rng = np.random.default_rng(seed)
         flat, first = pool.length.ravel(), pool.first.ravel()
         score = (pool.score.ravel() > 0.5).astype(np.float64)
 
-        def look(rows: NDArray[np.int64]) -> Floats:
-            return inputs(joint[rows], pool.features[rows], grid)[:, columns]
+        def look(rows: Ints) -> Floats:
+            return inputs(pool.joint[rows], pool.features[rows], grid)[:, columns]
 
         rows, whose = _states(flat, first, rng)
         on_the_way = Stages.fit(look(rows), score[whose], pool.features[rows, f.TOKENS])
@@ -68,28 +63,9 @@ class Calibration:
         vote = VoteModel.fit([_case(pool, log_odds, prior, n, rng) for n in sizes])
         return cls(on_the_way, finished, vote, fit_strength(expit(prior), pool.score), columns)
 
-    def inputs(self, joint: NDArray[np.floating], features: NDArray[np.floating], grid: BinGrid) -> Floats:
+    def inputs(self, joint: Floats, features: Floats, grid: BinGrid) -> Floats:
         """[n, D] what the fused score sees."""
         return inputs(joint, features, grid)[:, self.columns]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "on_the_way": self.on_the_way.to_dict(),
-            "finished": self.finished.to_dict(),
-            "vote": self.vote.to_dict(),
-            "strength": self.strength,
-            "columns": list(self.columns),
-        }
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Calibration:
-        return cls(
-            Stages.from_dict(record["on_the_way"]),
-            Logistic.from_dict(record["finished"]),
-            VoteModel(**record["vote"]),
-            record["strength"],
-            tuple(record["columns"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -108,25 +84,25 @@ class Fitted:
         rows = np.random.default_rng(seed).permutation(len(pool.joint))[:STATES_FOR_JOINT]
         of_rollout = np.repeat(score, pool.length.ravel())
         last = pool.first.ravel() + pool.length.ravel() - 1
-        return cls(
-            grid,
-            Calibration.fit(pool, pool.joint, grid, seed),
-            JointCalibration.fit(np.asarray(pool.joint[rows], np.float32), of_rollout[rows], grid),
-            Logistic.fit(token_inputs(pool.features[last]), score),
-        )
+        joint = JointCalibration.fit(np.asarray(pool.joint[rows], np.float32), of_rollout[rows], grid)
+        logprob = Logistic.fit(token_inputs(pool.features[last]), score)
+        return cls(grid, Calibration.fit(pool, grid, seed), joint, logprob)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"fused": self.fused, "joint": self.joint, "logprob": self.logprob, "grid": self.grid}
-        return {name: part.to_dict() for name, part in own.items()}
+        parts = {"fused": self.fused, "joint": self.joint, "logprob": self.logprob}
+        return {name: asdict(part) for name, part in parts.items()} | {"grid": self.grid.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Fitted:
-        return cls(
-            BinGrid.from_dict(record["grid"]),
-            Calibration.from_dict(record["fused"]),
-            JointCalibration.from_dict(record["joint"]),
-            Logistic.from_dict(record["logprob"]),
-        )
+        def logistic(own: Mapping[str, Any]) -> Logistic:
+            return Logistic(*(tuple(own[name]) for name in ("mean", "scale", "weight")), own["bias"])
+
+        own = record["fused"]
+        stages = Stages(tuple(logistic(model) for model in own["on_the_way"]["models"]))
+        vote, columns = VoteModel(**own["vote"]), tuple(own["columns"])
+        fused = Calibration(stages, logistic(own["finished"]), vote, own["strength"], columns)
+        grid, joint = BinGrid.from_dict(record["grid"]), JointCalibration(**record["joint"])
+        return cls(grid, fused, joint, logistic(record["logprob"]))
 
 
 def read_fitted(checkpoint: Path, grid: BinGrid) -> Fitted:
@@ -142,9 +118,7 @@ def read_fitted(checkpoint: Path, grid: BinGrid) -> Fitted:
     return fitted
 
 
-def _states(
-    length: NDArray[np.int32], first: NDArray[np.int64], rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _states(length: Ints, first: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Rows of one random state per rollout and stage (score.stage_of), and the rollout of each."""
     rows, whose = [], []
     for stage in range(int(stage_of(length.max())) + 1):
@@ -158,7 +132,7 @@ def _states(
 
 def _case(
     pool: Pool, log_odds: Floats, prior: Floats, samples: int, rng: np.random.Generator
-) -> tuple[Trees, Floats, Floats, NDArray[np.bool_]]:
+) -> tuple[Trees, Floats, Floats, Bools]:
     """Every prompt with `samples` random rollouts finished, as the vote model sees them."""
     prompts, rollouts = pool.length.shape
     order = pool_orders(prompts, rollouts, 1, int(rng.integers(1 << 31)))[0][:, :samples]
@@ -169,7 +143,7 @@ def _case(
     return trees, log_odds[rows, order], prior, pool.score[rows, order] > 0.5
 
 
-def fit_strength(prior: Floats, score: NDArray[np.floating]) -> float:
+def fit_strength(prior: Floats, score: Floats) -> float:
     """κ of the Beta(κ·p, κ·(1 - p)) that best explains how many of each prompt's samples are right (beta-binomial).
 
     `prior` [N] are the p, `score` [N, K].

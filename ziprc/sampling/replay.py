@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ziprc.sampling import features
-from ziprc.sampling.controller import Choice, Controller, Decision, apply
-from ziprc.sampling.tree import ROOT, Status, Trees
+from ziprc.sampling.controller import Controller, Decision, apply
+from ziprc.sampling.tree import NO_ANSWER, ROOT, Floats, Ints, Status, Trees
 
 ROLLOUTS_AT_ONCE = 1024  # bounds the memory of running sums
-Observer = Callable[[NDArray[np.int64], Trees, Decision], None]  # episodes that are due, their trees, what was decided
+Observer = Callable[[Ints, Trees, Decision], None]  # episodes that are due, their trees, what was decided
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Pool:
     features: NDArray[np.float32]  # [T, F]
 
     @property
-    def first(self) -> NDArray[np.int64]:
+    def first(self) -> Ints:
         flat = self.length.ravel().astype(np.int64)
         return (np.cumsum(flat) - flat).reshape(self.length.shape)
 
@@ -50,20 +50,14 @@ class Pool:
             part = slice(begin, begin + ROLLOUTS_AT_ONCE)
             start, stop = first[part][0], first[part][-1] + length[part][-1]
             position = np.arange(stop - start) - np.repeat(first[part] - start, length[part])
-            out[start:stop] = _running_mean(self.joint[start:stop], np.minimum(position + 1, window))
+            span, end = np.minimum(position + 1, window), np.arange(1, stop - start + 1)
+            sums = np.zeros((stop - start + 1, self.joint.shape[1]))
+            np.cumsum(self.joint[start:stop], 0, dtype=np.float64, out=sums[1:])
+            out[start:stop] = (sums[end] - sums[end - span]) / span[:, None]
         return out
 
 
-def _running_mean(rows: NDArray[np.floating], span: NDArray[np.int64]) -> NDArray[np.floating]:
-    """Mean of each row and the `span` - 1 rows before it."""
-    sums = np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, 0, dtype=np.float64)])
-    stop = np.arange(1, len(rows) + 1)
-    return (sums[stop] - sums[stop - span]) / span[:, None]
-
-
-def track(
-    length: NDArray[np.int32], log_prob: NDArray[np.float32], entropy: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def track(length: Ints, log_prob: Floats, entropy: Floats) -> NDArray[np.float32]:
     """[T, F] features of all readings of rollouts with `length` [n]; `log_prob` [T] is of the token before each reading."""
     first = np.cumsum(length, dtype=np.int64) - length
     out = np.empty((int(length.sum()), len(features.FEATURES)), np.float32)
@@ -79,33 +73,27 @@ def track(
 class Played:
     """What came of E episodes. `prompt` says which prompt each belongs to."""
 
-    prompt: NDArray[np.int64]
-    score: NDArray[np.float64]  # of the chosen answer
-    probability: NDArray[np.float64]  # that the policy gave to it
-    tokens: NDArray[np.int64]  # generated, abandoned ones included
-    latency: NDArray[np.int64]  # serial decoding steps
-    samples: NDArray[np.int64]  # branches started
+    prompt: Ints
+    score: Floats  # of the chosen answer
+    probability: Floats  # that the policy gave to it
+    tokens: Ints  # generated, abandoned ones included
+    latency: Ints  # serial decoding steps
+    samples: Ints  # branches started
     trees: Trees
-    rollout: NDArray[np.int64]  # [E, S] which rollout of the pool each slot replays
+    rollout: Ints  # [E, S] which rollout of the pool each slot replays
 
 
 def replay(
-    controller: Controller,
-    pool: Pool,
-    signals: NDArray[np.float32],
-    orders: NDArray[np.int64],
-    observe: Observer | None = None,
+    controller: Controller, pool: Pool, signals: Floats, orders: Ints, observe: Observer | None = None
 ) -> Played:
     """Play every prompt once per order. `signals` [T, K] are `policy.read` of all readings, `orders` [E / N, N, K]."""
     prompts, rollouts = pool.length.shape
     prompt = np.tile(np.arange(prompts), len(orders))
-    order = orders.reshape(-1, rollouts)
     slots = min(controller.budget.branches, rollouts)
     trees = Trees.empty(len(prompt), slots, signals.shape[1])
-    rollout = order[:, :slots]
-    length = pool.length[prompt[:, None], rollout]
-    first = pool.first[prompt[:, None], rollout]
-    answer = np.where(pool.finished, pool.answer, -1)[prompt[:, None], rollout]
+    rollout = orders.reshape(-1, rollouts)[:, :slots]
+    answers = np.where(pool.finished, pool.answer, NO_ANSWER)
+    length, first, answer = (of[prompt[:, None], rollout] for of in (pool.length, pool.first, answers))
     trees.status[:, 0] = Status.RUNNING
     _advance(trees, 1, length, first, answer, signals)
     trees.root[:] = trees.signals[:, 0]
@@ -121,7 +109,7 @@ def replay(
         _advance(part, controller.budget.interval, length[alive], first[alive], answer[alive], signals)
         trees.put(alive, part)
         alive = alive[going]
-    choice: Choice = controller.choose(trees)
+    choice = controller.choose(trees)
     chosen = choice.slot[:, None]
     picked = np.take_along_axis(rollout, chosen, 1)[:, 0]
     done = np.take_along_axis(trees.finished, chosen, 1)[:, 0]
@@ -137,14 +125,7 @@ def replay(
     )
 
 
-def _advance(
-    trees: Trees,
-    tokens: int,
-    length: NDArray[np.int32],
-    first: NDArray[np.int64],
-    answer: NDArray[np.int32],
-    signals: NDArray[np.float32],
-) -> None:
+def _advance(trees: Trees, tokens: int, length: Ints, first: Ints, answer: Ints, signals: Floats) -> None:
     """Every running branch gains up to `tokens` tokens, its newest signals and, at its end, its answer."""
     running = trees.running
     gained = np.where(running, np.minimum(tokens, length - trees.length), 0)
@@ -156,7 +137,7 @@ def _advance(
     trees.answer[ended] = answer[ended]
 
 
-def pool_orders(prompts: int, rollouts: int, count: int, seed: int) -> NDArray[np.int64]:
+def pool_orders(prompts: int, rollouts: int, count: int, seed: int) -> Ints:
     """[count, N, K] random orders of every prompt's rollouts."""
     rng = np.random.default_rng(seed)
     return rng.permuted(np.tile(np.arange(rollouts), (count, prompts, 1)), axis=-1)

@@ -2,45 +2,37 @@
 
 The head knows which prompts are hard; token log-probabilities know which samples went wrong (a slip is sampled, so it
 shows). A logistic regression with quadratic terms over both is fitted on validation prompts, one for states on the way and
-one for finished branches, and stored as numbers with the checkpoint. Shapes: n states, C = R·L cells, F features.
+one for finished branches, and stored as numbers with the checkpoint. `JointCalibration` keeps to the joint: two numbers that
+make the reward it predicts agree with the scores. Shapes: n states, C = R·L cells, F features, D inputs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.special import expit, logit
 
+from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.sampling import features as f
+from ziprc.sampling.tree import Floats, Ints
 
-INPUTS = (
-    "log odds of the head",
-    "log remaining",
-    "log tokens",
-    "mean log-prob",
-    "lowest log-prob",
-    "last window",
-    "lowest window",
-    "mean entropy",
-    "highest entropy",
-)
+# Log odds of the head's reward, logarithms of remaining and seen tokens, then log-probabilities and entropies.
+INPUTS = ("head", "remaining", "tokens", "mean", "low", "window", "low window", "entropy", "high entropy")
 HEAD_INPUTS, TOKEN_INPUTS = (0, 1, 2), tuple(range(2, len(INPUTS)))
 LEAST_LOG_PROB = -8.0  # below it a token is as surprising as can be
 PENALTY = 1e-3  # of squared weights, per state
 CLIP = 1e-3
 MIN_STATES = 200
-Floats = NDArray[np.floating]
-
-
-def safe_logit(p: Floats) -> Floats:
-    """Log odds of probabilities kept away from 0 and 1."""
-    return logit(np.clip(p, CLIP, 1 - CLIP))
+STATES_AT_ONCE = 1 << 16
+POWERS = (0.05, 20.0)  # of the joint, 1 / temperature: bounds of the fit
+TILTS = (-20.0, 20.0)
+JOINT_CLIP = 1e-6
+LEAST = 1e-300  # in place of zero, where one divides or takes a logarithm
 
 
 def joint_summary(joint: Floats, grid: BinGrid) -> tuple[Floats, Floats]:
@@ -48,28 +40,22 @@ def joint_summary(joint: Floats, grid: BinGrid) -> tuple[Floats, Floats]:
     table = np.asarray(joint, np.float64).reshape(-1, grid.R, grid.L)
     total = np.maximum(table.sum((1, 2)), 1e-9)
     reward = table.sum(2) @ np.asarray(grid.reward_centres) / total
-    remaining = table.sum(1) @ grid.length_midpoints / total
-    return reward, remaining
+    return reward, table.sum(1) @ grid.length_midpoints / total
 
 
 def token_inputs(features: Floats) -> Floats:
     """[n, D - 2] what token statistics alone say: the last columns of INPUTS."""
-    columns = [
-        np.log1p(features[:, f.TOKENS]),
-        features[:, f.MEAN],
-        np.maximum(features[:, f.LOW], LEAST_LOG_PROB),
-        features[:, f.WINDOW],
-        features[:, f.LOW_WINDOW],
-        features[:, f.ENTROPY],
-        features[:, f.HIGH_ENTROPY],
-    ]
-    return np.stack(columns, -1).astype(np.float64)
+    out = features[:, [f.TOKENS, f.MEAN, f.LOW, f.WINDOW, f.LOW_WINDOW, f.ENTROPY, f.HIGH_ENTROPY]]
+    out[:, 0] = np.log1p(out[:, 0])
+    out[:, 2] = np.maximum(out[:, 2], LEAST_LOG_PROB)
+    return out.astype(np.float64, order="C")
 
 
 def inputs(joint: Floats, features: Floats, grid: BinGrid) -> Floats:
     """[n, D] what the logistic models look at: INPUTS."""
     reward, remaining = joint_summary(joint, grid)
-    return np.concatenate([np.stack([safe_logit(reward), np.log1p(remaining)], -1), token_inputs(features)], -1)
+    head = np.stack([logit(np.clip(reward, CLIP, 1 - CLIP)), np.log1p(remaining)], -1)
+    return np.concatenate([head, token_inputs(features)], -1)
 
 
 @dataclass(frozen=True)
@@ -84,20 +70,16 @@ class Logistic:
     @classmethod
     def fit(cls, x: Floats, y: Floats) -> Logistic:
         """From inputs [n, D] and scores [n] in {0, 1}; a constant where all scores are alike."""
-        from sklearn.linear_model import (
-            LogisticRegression,  # takes two seconds, which those who only read need not wait
-        )
+        from sklearn.linear_model import LogisticRegression  # two seconds that those who only read need not wait
 
         mean, scale = x.mean(0), x.std(0) + 1e-6
-        if y.min() == y.max():
-            share = (y.sum() + 0.5) / (len(y) + 1)
-            return cls(tuple(mean.tolist()), tuple(scale.tolist()), _no_weights(x.shape[1]), float(logit(share)))
         expanded = _expand((x - mean) / scale)
-        model = LogisticRegression(C=1 / (PENALTY * len(y)), max_iter=1000)
-        model.fit(expanded, y > 0.5)
-        return cls(
-            tuple(mean.tolist()), tuple(scale.tolist()), tuple(model.coef_[0].tolist()), float(model.intercept_[0])
-        )
+        if y.min() == y.max():
+            weight, bias = np.zeros(expanded.shape[1]), logit((y.sum() + 0.5) / (len(y) + 1))
+        else:
+            model = LogisticRegression(C=1 / (PENALTY * len(y)), max_iter=1000).fit(expanded, y > 0.5)
+            weight, bias = model.coef_[0], model.intercept_[0]
+        return cls(*(tuple(column.tolist()) for column in (mean, scale, weight)), float(bias))
 
     def log_odds(self, x: Floats) -> Floats:
         """[n]"""
@@ -107,12 +89,13 @@ class Logistic:
     def probability(self, x: Floats) -> Floats:
         return expit(self.log_odds(x))
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Logistic:
-        return cls(tuple(record["mean"]), tuple(record["scale"]), tuple(record["weight"]), record["bias"])
+_pairs = functools.cache(np.triu_indices)
+
+
+def _expand(z: Floats) -> Floats:
+    first, second = _pairs(z.shape[1])
+    return np.concatenate([z, z[:, first] * z[:, second]], -1)
 
 
 @dataclass(frozen=True)
@@ -144,26 +127,59 @@ class Stages:
             out[mine] = self.models[number].log_odds(x[mine])
         return out
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"models": [model.to_dict() for model in self.models]}
 
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Stages:
-        return cls(tuple(Logistic.from_dict(model) for model in record["models"]))
-
-
-def stage_of(tokens: Floats) -> NDArray[np.int64]:
+def stage_of(tokens: Floats | Ints) -> NDArray[np.int64]:
     """[n] 0, 1, 2, 3, … for 0, 1, 2-3, 4-7, … tokens."""
     return np.ceil(np.log2(np.asarray(tokens, np.float64) + 1)).astype(np.int64)
 
 
-def _no_weights(inputs: int) -> tuple[float, ...]:
-    return (0.0,) * (inputs + inputs * (inputs + 1) // 2)
+@dataclass(frozen=True)
+class JointCalibration:
+    """q ∝ q^(1/temperature) · exp(tilt · reward): a flatter or sharper joint, with more or less weight on high rewards."""
+
+    temperature: float = 1.0
+    tilt: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < np.inf and abs(self.tilt) < np.inf):
+            raise UserError(f"expected temperature > 0 and a finite tilt, found {self.temperature} and {self.tilt}.")
+
+    def apply(self, joint: Floats, grid: BinGrid) -> NDArray[np.float32]:
+        """[n, C] calibrated joints that sum to one."""
+        out = np.empty(np.shape(joint), np.float32)
+        reward = np.repeat(np.asarray(grid.reward_centres), grid.L)
+        for start in range(0, len(out), STATES_AT_ONCE):
+            rows = slice(start, start + STATES_AT_ONCE)
+            out[rows] = _tilted(joint[rows], 1 / self.temperature, self.tilt, reward)
+        return out
+
+    @classmethod
+    def fit(cls, joint: Floats, score: Floats, grid: BinGrid) -> JointCalibration:
+        """The numbers under which E_q[reward] best predicts the scores [n] of joints [n, C], by log-likelihood."""
+        target = np.asarray(score, np.float64)
+        if len(target) != len(joint) or not np.all((target >= 0) & (target <= 1)):
+            raise UserError(f"expected {len(joint)} scores in [0, 1], one for each joint, found {len(target)}.")
+        reward = np.repeat(np.asarray(grid.reward_centres), grid.L)
+        log_joint = np.log(np.maximum(joint, LEAST, dtype=np.float64))
+
+        def loss(numbers: Floats) -> tuple[float, Floats]:
+            """Mean negative log-likelihood and its gradient by (power, tilt): covariances with the reward."""
+            q = _tilted(joint, *numbers, reward)
+            mean = q @ reward
+            predicted = np.clip(mean, JOINT_CLIP, 1 - JOINT_CLIP)
+            value = -(target * np.log(predicted) + (1 - target) * np.log1p(-predicted)).sum()
+            slope = (predicted - target) / (predicted * (1 - predicted))
+            weight = q * (reward - mean[:, None])
+            gradient = np.array([slope @ (weight * log_joint).sum(-1), slope @ (weight @ reward)])
+            return float(value) / len(target), gradient / len(target)
+
+        found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=(POWERS, TILTS))
+        return cls(temperature=float(1 / found.x[0]), tilt=float(found.x[1]))
 
 
-_pairs = functools.cache(np.triu_indices)
-
-
-def _expand(z: Floats) -> Floats:
-    first, second = _pairs(z.shape[1])
-    return np.concatenate([z, z[:, first] * z[:, second]], -1)
+def _tilted(joint: Floats, power: float, tilt: float, reward: Floats) -> NDArray[np.float64]:
+    """[n, C]; cells of zero stay zero. `reward` [C] of each cell."""
+    q = np.asarray(joint, np.float64)
+    q = q / np.maximum(q.max(-1, keepdims=True), LEAST)
+    q = q**power * np.exp(tilt * reward)
+    return q / np.maximum(q.sum(-1, keepdims=True), LEAST)

@@ -8,42 +8,33 @@ weights near one: the odds of the best branch times the number of branches that 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from ziprc.sampling.tree import NO_ANSWER, Trees
+from ziprc.sampling.tree import NO_ANSWER, Bools, Floats, Ints, Trees
 
 LOG = np.log(np.maximum(np.arange(1 << 12), 1))  # of counts
 RIDGE = 1e-3  # keeps the fit finite when a handful of prompts is separable
-Floats = NDArray[np.float64]
 
 
-def same_answer(trees: Trees) -> NDArray[np.bool_]:
+def same_answer(trees: Trees) -> Bools:
     """[P, S, S] pairs of finished branches that give the same answer."""
     voting = trees.finished & (trees.answer != NO_ANSWER)
     return (trees.answer[:, :, None] == trees.answer[:, None, :]) & voting[:, :, None] & voting[:, None, :]
 
 
-def votes(trees: Trees, weight: Floats) -> Floats:
-    """[P, S] total weight of the finished branches that agree with each; -inf where a branch has no answer."""
+def best_vote(trees: Trees, weight: Floats, tie: Floats) -> Ints:
+    """[P] a branch of the answer with most weight [P, S]; ties go to the branch with the highest `tie` [P, S]."""
     same = same_answer(trees)
-    total = (same * weight[:, None, :]).sum(-1)
-    return np.where(same.any(-1), total, -np.inf)
-
-
-def best_vote(trees: Trees, weight: Floats, tie: Floats) -> NDArray[np.int64]:
-    """[P] a branch of the answer with most weight; ties go to the branch with the highest `tie` [P, S]."""
-    total = votes(trees, weight)
+    total = np.where(same.any(-1), (same * weight[:, None, :]).sum(-1), -np.inf)
     leading = total >= total.max(-1, keepdims=True) - 1e-9
     return np.where(leading & trees.finished, tie, -np.inf).argmax(-1)
 
 
-def answer_inputs(trees: Trees, log_odds: Floats, prior: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+def answer_inputs(trees: Trees, log_odds: Floats, prior: Floats) -> tuple[Floats, Bools]:
     """[P, S, 4] of the answer that each finished branch gives: best log odds, log votes, prior log odds [P], one; and the
     first branch of every answer [P, S], which speaks for it."""
     same = same_answer(trees)
@@ -68,42 +59,28 @@ class VoteModel:
         rows = np.flatnonzero(trees.finished.any(-1))
         if len(rows):
             columns = int(np.flatnonzero(trees.finished.any(0))[-1]) + 1
-            part = trees.take(rows, columns)
-            out[rows, :columns] = self._probabilities(part, log_odds[rows, :columns], prior[rows])
+            x, first = answer_inputs(trees.take(rows, columns), log_odds[rows, :columns], prior[rows])
+            score = np.where(first, x @ np.array([self.best, self.votes, self.prior, self.bias]), -np.inf)
+            top = np.maximum(score.max(-1, keepdims=True), 0.0)  # "none of them" scores 0
+            odds = np.exp(score - top)
+            out[rows, :columns] = odds / (odds.sum(-1, keepdims=True) + np.exp(-top))
         return out
 
-    def _probabilities(self, trees: Trees, log_odds: Floats, prior: Floats) -> Floats:
-        weights = np.array([self.best, self.votes, self.prior, self.bias])
-        x, first = answer_inputs(trees, log_odds, prior)
-        score = np.where(first, x @ weights, -np.inf)
-        top = np.maximum(score.max(-1, keepdims=True), 0.0)  # "none of them" scores 0
-        odds = np.exp(score - top)
-        return odds / (odds.sum(-1, keepdims=True) + np.exp(-top))
-
     @classmethod
-    def fit(cls, cases: list[tuple[Trees, Floats, Floats, NDArray[np.bool_]]]) -> VoteModel:
+    def fit(cls, cases: list[tuple[Trees, Floats, Floats, Bools]]) -> VoteModel:
         """From cases of (trees, log odds [P, S], prior [P], which branches are right [P, S])."""
-        data = []
-        for trees, log_odds, prior, right in cases:
-            x, lead = answer_inputs(trees, log_odds, prior)
-            data.append((x, lead, lead & right))
-        found = minimize(_loss, np.array([1.0, 1.0, 0.0, 0.0]), args=(data,), method="BFGS")
+        data = [(*answer_inputs(trees, log_odds, prior), right) for trees, log_odds, prior, right in cases]
+
+        def loss(weights: Floats) -> float:
+            """Mean negative log-likelihood of what was right: an answer, or none of them."""
+            total, count = 0.0, 0
+            for x, lead, right in data:
+                score = np.concatenate([np.where(lead, x @ weights, -np.inf), np.zeros((len(x), 1))], -1)
+                true = lead & right
+                truth = np.concatenate([true, ~true.any(-1, keepdims=True)], -1)
+                total += (logsumexp(score, -1) - logsumexp(np.where(truth, score, -np.inf), -1)).sum()
+                count += len(x)
+            return total / count + RIDGE * float(weights @ weights)
+
+        found = minimize(loss, np.array([1.0, 1.0, 0.0, 0.0]), method="BFGS")
         return cls(*(float(w) for w in found.x))
-
-    def without_votes(self) -> VoteModel:
-        """Best of k: agreement counts for nothing."""
-        return replace(self, votes=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _loss(weights: Floats, data: list[tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]]) -> float:
-    """Mean negative log-likelihood of what was right: an answer, or none of them."""
-    total, count = 0.0, 0
-    for x, lead, right in data:
-        score = np.concatenate([np.where(lead, x @ weights, -np.inf), np.zeros((len(x), 1))], -1)
-        truth = np.concatenate([right, ~right.any(-1, keepdims=True)], -1)
-        total += (logsumexp(score, -1) - logsumexp(np.where(truth, score, -np.inf), -1)).sum()
-        count += len(x)
-    return total / count + RIDGE * float(weights @ weights)

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 ROOT = -1  # as a parent: the prompt itself
 NO_ANSWER = -1
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+Bools = NDArray[np.bool_]
 
 
 class Status(IntEnum):
@@ -52,8 +55,7 @@ class Trees:
     @classmethod
     def empty(cls, prompts: int, slots: int, signals: int, branching: bool = False) -> Trees:
         """Trees that hold the prompt only."""
-        grid = (prompts, slots)
-        spots = (prompts, slots if branching else 0)
+        grid, spots = (prompts, slots), (prompts, slots if branching else 0)
         return cls(
             status=np.zeros(grid, np.int8),
             parent=np.full(grid, ROOT, np.int16),
@@ -74,47 +76,45 @@ class Trees:
     def slots(self) -> int:
         return self.status.shape[1]
 
-    def take(self, rows: NDArray[np.int64], slots: int | None = None) -> Trees:
+    def take(self, rows: Ints, slots: int | None = None) -> Trees:
         """A copy of some prompts' trees, of the first `slots` slots."""
-        if slots is None:
-            return Trees(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Trees(**{n: x[rows, :slots] if n not in ("root", "latency") else x[rows] for n, x in found.items()})
+        return Trees(**{n: x[rows] if n in ("root", "latency") else x[rows, :slots] for n, x in found.items()})
 
-    def put(self, rows: NDArray[np.int64], part: Trees) -> None:
+    def put(self, rows: Ints, part: Trees) -> None:
         """Write `part`, which was taken from `rows`, back."""
         for f in fields(self):
             getattr(self, f.name)[rows] = getattr(part, f.name)
 
     @property
-    def used(self) -> NDArray[np.bool_]:
+    def used(self) -> Bools:
         """[P, S] slots that hold a branch."""
         return self.status != Status.FREE
 
     @property
-    def running(self) -> NDArray[np.bool_]:
+    def running(self) -> Bools:
         return self.status == Status.RUNNING
 
     @property
-    def finished(self) -> NDArray[np.bool_]:
+    def finished(self) -> Bools:
         return self.status == Status.FINISHED
 
     @property
-    def unfinished(self) -> NDArray[np.bool_]:
+    def unfinished(self) -> Bools:
         """[P, S] running or paused."""
         return self.running | (self.status == Status.PAUSED)
 
     @property
-    def generated(self) -> NDArray[np.int32]:
+    def generated(self) -> Ints:
         """[P, S] tokens that each branch generated itself."""
         return self.length - self.fork
 
     @property
-    def spent(self) -> NDArray[np.int64]:
+    def spent(self) -> Ints:
         """[P] generated tokens of a prompt, abandoned ones included."""
         return self.generated.sum(-1, dtype=np.int64)
 
-    def open_slots(self, count: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def open_slots(self, count: Ints) -> Bools:
         """[P, S] the first `count` [P] free slots of every prompt."""
         free = self.status == Status.FREE
         return free & (np.cumsum(free, -1) <= count[:, None])

@@ -26,19 +26,15 @@ from ziprc.sampling import features as f
 from ziprc.sampling.controller import Choice, Decision
 from ziprc.sampling.score import Logistic, joint_summary, token_inputs
 from ziprc.sampling.selection import best_vote
-from ziprc.sampling.tree import NO_ANSWER, Status, Trees
+from ziprc.sampling.tree import NO_ANSWER, Bools, Floats, Status, Trees
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 STYLE_COLUMN = len(f.FEATURES)  # replays may append the style code of each rollout; UNKNOWN_STYLE until it shows
 UNKNOWN_STYLE = -1
 CHUNK = 1 << 16  # states that are read at once: bounds the memory of the quadratic logistic
 
 
-# What a policy can know of a branch.
 class Source(StrEnum):
-    """One number per state."""
+    """What a policy can know of a branch: one number per state."""
 
     MEAN = "logprob"  # exp of the mean log-probability
     LOW = "min-logprob"  # exp of the least
@@ -60,7 +56,7 @@ class Reader:
     grid: BinGrid
     logistic: Logistic | None = None
 
-    def read(self, sources: tuple[Source, ...], joint: NDArray, features: NDArray) -> NDArray[np.float32]:
+    def read(self, sources: tuple[Source, ...], joint: Floats, features: Floats) -> NDArray[np.float32]:
         """[n, K] one column per source."""
         out = np.empty((len(features), len(sources)), np.float32)
         for start in range(0, len(features), CHUNK):
@@ -69,31 +65,25 @@ class Reader:
                 out[rows, column] = self._column(source, joint[rows], features[rows])
         return out
 
-    def _column(self, source: Source, joint: NDArray, features: NDArray) -> NDArray[np.floating]:
+    def _column(self, source: Source, joint: Floats, features: Floats) -> Floats:
         if source in LOG_PROBS:
             return np.exp(features[:, LOG_PROBS[source]])
         if source is Source.VALUE:
             return joint_summary(joint, self.grid)[0]
+        if source is Source.ENTROPY:
+            return features[:, f.ENTROPY]
         if source is Source.LOGISTIC:
-            return self._fitted().probability(token_inputs(features))
-        return features[:, f.ENTROPY if source is Source.ENTROPY else _style_column(features)]
-
-    def _fitted(self) -> Logistic:
-        if self.logistic is None:
-            raise UserError("This policy scores with the log-probability logistic, and the reader was given none.")
-        return self.logistic
-
-
-def _style_column(features: NDArray) -> int:
-    if features.shape[1] <= STYLE_COLUMN:
-        raise UserError(
-            f"Policies that look at the style expect its code in column {STYLE_COLUMN} of the features, found "
-            f"{features.shape[1]} columns. Append it to the pool; live sampling has none."
-        )
-    return STYLE_COLUMN
+            if self.logistic is None:
+                raise UserError("This policy scores with the log-probability logistic, and the reader was given none.")
+            return self.logistic.probability(token_inputs(features))
+        if features.shape[1] <= STYLE_COLUMN:
+            raise UserError(
+                f"Policies that look at the style expect its code in column {STYLE_COLUMN} of the features, found "
+                f"{features.shape[1]} columns. Append it to the pool; live sampling has none."
+            )
+        return features[:, STYLE_COLUMN]
 
 
-# Which branches may be chosen, and which is.
 def answered(trees: Trees) -> Bools:
     """[P, S] finished branches with an answer."""
     return trees.finished & (trees.answer != NO_ANSWER)
@@ -104,13 +94,6 @@ def candidates(trees: Trees, liked: Bools) -> Bools:
     mask = answered(trees)
     mask = np.where(mask.any(-1, keepdims=True), mask, trees.finished)
     return np.where((mask & liked).any(-1, keepdims=True), mask & liked, mask)
-
-
-def answer_share(trees: Trees, weight: Floats, slot: Ints) -> Floats:
-    """[P] what share of all weight the answer of `slot` holds; 0 for no answer."""
-    answer = np.take_along_axis(trees.answer, slot[:, None], 1)
-    agreeing = answered(trees) & (trees.answer == answer)
-    return (weight * agreeing).sum(-1) / np.maximum(weight.sum(-1), 1e-300)
 
 
 @dataclass(frozen=True)
@@ -125,16 +108,16 @@ class Vote:
         return "majority" if self.by is None else f"vote-{self.by}{power_label(self.sharpness)}"
 
     def choose(self, trees: Trees, score: Floats, voters: Bools) -> Choice:
-        """Ties between answers go to the higher score, or to the earlier sample."""
-        weight = self.weights(score, voters)
+        """Ties between answers go to the higher score, or to the earlier sample; the probability is the share of the votes.
+
+        Weights are relative to the best of a prompt, so that tolerances and sums behave at any sharpness.
+        """
+        voting = np.where(voters, score, 0.0)
+        weight = voters * (voting / np.maximum(voting.max(-1, keepdims=True), 1e-300)) ** self.sharpness
         tie = -np.arange(trees.slots) if self.by is None else score
         slot = best_vote(trees, weight, np.where(voters, tie, -np.inf))
-        return Choice(slot, answer_share(trees, weight, slot))
-
-    def weights(self, score: Floats, voters: Bools) -> Floats:
-        """[P, S] relative to the best of a prompt, so that tolerances and sums behave at any sharpness."""
-        score = np.where(voters, score, 0.0)
-        return voters * (score / np.maximum(score.max(-1, keepdims=True), 1e-300)) ** self.sharpness
+        agreeing = answered(trees) & (trees.answer == np.take_along_axis(trees.answer, slot[:, None], 1))
+        return Choice(slot, (weight * agreeing).sum(-1) / np.maximum(weight.sum(-1), 1e-300))
 
 
 @dataclass(frozen=True)
@@ -162,12 +145,6 @@ Selector = Vote | Best
 MAJORITY = Vote()
 
 
-# What the policies share.
-def started(trees: Trees) -> Ints:
-    """[P] branches so far."""
-    return trees.used.sum(-1)
-
-
 def decision(trees: Trees, run: Bools, start: ArrayLike) -> Decision:
     """Run these [P, S] and start so many [P], as far as there are slots; a short budget cuts the shortest branches."""
     out = Decision.stop(trees)
@@ -188,21 +165,18 @@ def keep_one(choice: Decision, trees: Trees, preference: Floats | None = None) -
 
 @dataclass(frozen=True)
 class Baseline(ABC):
-    """A policy without branching that knows the `sources` of its selector and those it asks for in `looks_at`."""
+    """A policy without branching that knows the `sources` of its chooser and those it asks for in `looks_at`."""
 
     reader: Reader
     can_branch: ClassVar[bool] = False
     looks_at: ClassVar[tuple[Source, ...]] = ()
+    title: ClassVar[str]  # a format of the settings
+    chooser = MAJORITY  # how the answer is chosen; a setting, or a property, of some
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """With its settings."""
-
-    @property
-    @abstractmethod
-    def chooser(self) -> Selector:
-        """How the answer is chosen."""
+        return self.title.format(self)
 
     @abstractmethod
     def decide(self, trees: Trees, interval: int) -> Decision:
@@ -211,14 +185,13 @@ class Baseline(ABC):
     @property
     def sources(self) -> tuple[Source, ...]:
         """What each signal is; policies with equal sources and readers can share one reading of a pool."""
-        own = (self.chooser.by, *self.looks_at)
-        return tuple(dict.fromkeys(s for s in own if s is not None))
+        return tuple(dict.fromkeys(s for s in (self.chooser.by, *self.looks_at) if s is not None))
 
     @property
     def signals(self) -> int:
         return len(self.sources)
 
-    def read(self, joint: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
+    def read(self, joint: Floats, features: Floats) -> NDArray[np.float32]:
         """[n, K]"""
         return self.reader.read(self.sources, joint, features)
 
@@ -238,34 +211,5 @@ class Baseline(ABC):
         return self.score(trees, Source.VALUE) if Source.VALUE in self.sources else unknown, unknown
 
     def choose(self, trees: Trees) -> Choice:
-        """From the liked branches, by the selector."""
+        """From the liked branches, by the chooser."""
         return self.chooser.choose(trees, self.score(trees, self.chooser.by), candidates(trees, self.liked(trees)))
-
-
-@dataclass(frozen=True)
-class Selecting(Baseline):
-    """A baseline whose selector is a setting."""
-
-    selector: Selector = MAJORITY
-
-    @property
-    def chooser(self) -> Selector:
-        return self.selector
-
-    @property
-    def suffix(self) -> str:
-        """Names a selector that is not the usual one."""
-        return "" if self.selector == type(self).selector else f"/{self.selector.label}"
-
-
-def lower_bound(values: Floats, among: Bools, keep: float) -> Floats:
-    """[P] the (1 - keep) quantile of `values` [P, S] over the slots of `among`; -inf where there are none."""
-    ordered = np.sort(np.where(among, values, np.inf), -1)
-    count = among.sum(-1)
-    position = np.maximum(count - 1, 0) * (1 - keep)
-    below = np.floor(position).astype(np.int64)
-    above = np.minimum(below + 1, np.maximum(count - 1, 0))
-    low, high = (np.take_along_axis(ordered, i[:, None], 1)[:, 0] for i in (below, above))
-    with np.errstate(invalid="ignore"):  # inf - inf where there are none
-        bound = low + (high - low) * (position - below)
-    return np.where(count > 0, bound, -np.inf)

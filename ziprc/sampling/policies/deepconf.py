@@ -12,19 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from ziprc.sampling.controller import Decision
-from ziprc.sampling.policies.base import (
-    Baseline,
-    Bools,
-    Source,
-    Vote,
-    answered,
-    candidates,
-    decision,
-    lower_bound,
-    power_label,
-    started,
-)
-from ziprc.sampling.tree import Trees
+from ziprc.sampling.policies.base import Baseline, Source, Vote, answered, candidates, decision, power_label
+from ziprc.sampling.tree import Bools, Floats, Trees
+
+
+def lower_bound(values: Floats, among: Bools, keep: float) -> Floats:
+    """[P] the (1 - keep) quantile of `values` [P, S] over the slots of `among`; -inf where there are none."""
+    ordered = np.sort(np.where(among, values, np.inf), -1)
+    count = among.sum(-1)
+    position = np.maximum(count - 1, 0) * (1 - keep)
+    below = np.floor(position).astype(np.int64)
+    above = np.minimum(below + 1, np.maximum(count - 1, 0))
+    low, high = (np.take_along_axis(ordered, i[:, None], 1)[:, 0] for i in (below, above))
+    with np.errstate(invalid="ignore"):  # inf - inf where there are none
+        bound = low + (high - low) * (position - below)
+    return np.where(count > 0, bound, -np.inf)
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,13 @@ class DeepConfOffline(Baseline):
         return Vote(Source.WINDOW, self.sharpness)
 
     def decide(self, trees: Trees, interval: int) -> Decision:
-        return decision(trees, trees.running, self.k - started(trees))
+        return decision(trees, trees.running, self.k - trees.used.sum(-1))
 
     def liked(self, trees: Trees) -> Bools:
         confidence = self.score(trees, Source.WINDOW)
         return confidence >= lower_bound(confidence, answered(trees), self.keep)[:, None]
 
 
-# Rules that drop samples on the way.
 @dataclass(frozen=True)
 class DeepConfOnline(Baseline):
     """`warmup` samples set the bar, the others are dropped for good as soon as their worst window falls below it.
@@ -79,27 +80,20 @@ class DeepConfOnline(Baseline):
         return Vote(Source.WINDOW, self.sharpness)
 
     def decide(self, trees: Trees, interval: int) -> Decision:
-        first = self._first(trees)
+        first, started = np.arange(trees.slots) < self.warmup, trees.used.sum(-1)
         warm = (trees.used | ~first).all(-1) & ~(trees.running & first).any(-1)
         run = trees.running & (first | self.liked(trees))
         spare = self.batch - run.sum(-1)
         rows = np.flatnonzero(warm & (spare > 0))  # elsewhere nothing has ended since the last look
-        done = rows[self._agreed(trees.take(rows))]
+        voting = trees.take(rows)
+        found = self.chooser.choose(voting, self.score(voting, Source.WINDOW), candidates(voting, voting.finished))
+        done = rows[found.probability >= self.consensus]
         run[done] = False
-        start = np.where(warm, spare, self.warmup - started(trees))
+        start = np.where(warm, spare, self.warmup - started)
         start[done] = 0
-        start = np.minimum(start, self.k - started(trees))
-        return decision(trees, run, start)
-
-    def _first(self, trees: Trees) -> Bools:
-        """[1, S] the slots of the warm-up."""
-        return np.arange(trees.slots)[None] < self.warmup
-
-    def _agreed(self, trees: Trees) -> Bools:
-        """[P]"""
-        voters = candidates(trees, trees.finished)
-        return self.chooser.choose(trees, self.score(trees, Source.WINDOW), voters).probability >= self.consensus
+        return decision(trees, run, np.minimum(start, self.k - started))
 
     def liked(self, trees: Trees) -> Bools:
         confidence = self.score(trees, Source.WINDOW)
-        return confidence >= lower_bound(confidence, trees.finished & self._first(trees), self.keep)[:, None]
+        warming = trees.finished & (np.arange(trees.slots) < self.warmup)
+        return confidence >= lower_bound(confidence, warming, self.keep)[:, None]

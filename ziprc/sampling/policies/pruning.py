@@ -11,19 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ziprc.sampling.controller import Decision
-from ziprc.sampling.policies.base import (
-    MAJORITY,
-    Baseline,
-    Bools,
-    Floats,
-    Selector,
-    Source,
-    Vote,
-    decision,
-    keep_one,
-    started,
-)
-from ziprc.sampling.tree import Trees
+from ziprc.sampling.policies.base import Baseline, Source, Vote, decision, keep_one
+from ziprc.sampling.tree import Bools, Floats, Trees
 
 
 @dataclass(frozen=True)
@@ -43,11 +32,7 @@ class Pruning(Baseline):
     def decide(self, trees: Trees, interval: int) -> Decision:
         """A branch of one token is kept: nothing has been read of it yet but the prompt."""
         run = trees.running & (self.keep(trees) | (trees.generated <= 1))
-        return keep_one(decision(trees, run, self.k - started(trees)), trees, self.preference(trees))
-
-    @property
-    def chooser(self) -> Selector:
-        return MAJORITY
+        return keep_one(decision(trees, run, self.k - trees.used.sum(-1)), trees, self.preference(trees))
 
 
 @dataclass(frozen=True)
@@ -55,14 +40,8 @@ class ValuePruning(Pruning):
     """Drops branches whose expected reward is below `threshold`; vote weighted by it."""
 
     threshold: float = 0.25
-
-    @property
-    def name(self) -> str:
-        return f"value-pruning@{self.k}/{self.threshold:g}"
-
-    @property
-    def chooser(self) -> Selector:
-        return Vote(Source.VALUE)
+    chooser: ClassVar[Vote] = Vote(Source.VALUE)
+    title: ClassVar[str] = "value-pruning@{0.k}/{0.threshold:g}"
 
     def keep(self, trees: Trees) -> Bools:
         return self.preference(trees) >= self.threshold
@@ -76,10 +55,7 @@ class LengthPruning(Pruning):
     """Drops branches that are not finished after `cap` tokens."""
 
     cap: int = 1 << 30
-
-    @property
-    def name(self) -> str:
-        return f"length-pruning@{self.k}/{self.cap}"
+    title: ClassVar[str] = "length-pruning@{0.k}/{0.cap}"
 
     def keep(self, trees: Trees) -> Bools:
         return trees.length < self.cap
@@ -96,10 +72,7 @@ class RandomPruning(Pruning):
     rate: float = 0.05
     seed: int = 0
     looks_at: ClassVar[tuple[Source, ...]] = (Source.ENTROPY,)
-
-    @property
-    def name(self) -> str:
-        return f"random-pruning@{self.k}/{self.rate:g}/s{self.seed}"
+    title: ClassVar[str] = "random-pruning@{0.k}/{0.rate:g}/s{0.seed}"
 
     def keep(self, trees: Trees) -> Bools:
         entropy = trees.root[:, self.sources.index(Source.ENTROPY)]
@@ -112,12 +85,8 @@ def hashed_uniform(seed: int, parts: Iterable[NDArray]) -> Floats:
     """Numbers in [0, 1) from integers, mixed one after the other as in SplitMix64 (Steele et al. 2014)."""
     state = np.full((1, 1), seed, np.uint64)
     for part in parts:
-        state = _mix(state ^ part.astype(np.uint64))
+        x = (state ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = x ^ (x >> np.uint64(31))
     return (state >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

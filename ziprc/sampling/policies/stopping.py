@@ -10,27 +10,13 @@ import numpy as np
 from scipy.special import betainc
 
 from ziprc.sampling.controller import Decision
-from ziprc.sampling.policies.base import (
-    MAJORITY,
-    Baseline,
-    Best,
-    Bools,
-    Floats,
-    Selecting,
-    Selector,
-    Source,
-    Vote,
-    answered,
-    decision,
-    started,
-)
+from ziprc.sampling.policies.base import Baseline, Best, Selector, Source, Vote, answered, decision
 from ziprc.sampling.selection import same_answer
-from ziprc.sampling.tree import Trees
+from ziprc.sampling.tree import Bools, Trees
 
 
-# Rules that decide how many samples to take.
 @dataclass(frozen=True)
-class AdaptiveConsistency(Selecting):
+class AdaptiveConsistency(Baseline):
     """`batch` samples at a time, until the leading answer is more common than the runner-up with some certainty.
 
     Aggarwal et al. 2023: with v1 and v2 votes, the share of the leader among the two is Beta(v1 + 1, v2 + 1); stop as soon
@@ -40,26 +26,19 @@ class AdaptiveConsistency(Selecting):
     threshold: float = 0.95
     k_max: int = 24
     batch: int = 1
-
-    @property
-    def name(self) -> str:
-        return f"adaptive-consistency@{self.k_max}/{self.threshold:g}/b{self.batch}{self.suffix}"
+    title: ClassVar[str] = "adaptive-consistency@{0.k_max}/{0.threshold:g}/b{0.batch}"
 
     def decide(self, trees: Trees, interval: int) -> Decision:
-        idle, used = ~trees.running.any(-1), started(trees)
+        idle, used = ~trees.running.any(-1), trees.used.sum(-1)
         goal = np.full(len(trees), self.batch)
         rows = np.flatnonzero(idle & (used >= self.batch))
-        unsure = leader_certainty(trees.take(rows)) < self.threshold
-        goal[rows] = used[rows] + np.where(unsure, self.batch, 0)
+        voting = trees.take(rows)
+        count = same_answer(voting).sum(-1)
+        leader = np.take_along_axis(voting.answer, count.argmax(-1)[:, None], 1)
+        rival = np.where(voting.answer != leader, count, 0)
+        certainty = betainc(rival.max(-1) + 1.0, count.max(-1) + 1.0, 0.5)
+        goal[rows] = used[rows] + np.where(certainty < self.threshold, self.batch, 0)
         return decision(trees, trees.running, np.minimum(goal, self.k_max) - used)
-
-
-def leader_certainty(trees: Trees) -> Floats:
-    """[P] probability that the leading answer is more common than the runner-up."""
-    count = same_answer(trees).sum(-1)
-    leader = np.take_along_axis(trees.answer, count.argmax(-1)[:, None], 1)
-    rival = np.where(trees.answer != leader, count, 0)
-    return betainc(rival.max(-1) + 1.0, count.max(-1) + 1.0, 0.5)
 
 
 class Sequential(Baseline):
@@ -73,7 +52,7 @@ class Sequential(Baseline):
 
     def decide(self, trees: Trees, interval: int) -> Decision:
         more = ~trees.running.any(-1) & ~(answered(trees) & self.good(trees)).any(-1)
-        return decision(trees, trees.running, more & (started(trees) < self.k_max))
+        return decision(trees, trees.running, more & (trees.used.sum(-1) < self.k_max))
 
 
 @dataclass(frozen=True)
@@ -104,14 +83,7 @@ class StyleStop(Sequential):
     style: int = 0
     k_max: int = 24
     looks_at: ClassVar[tuple[Source, ...]] = (Source.STYLE,)
-
-    @property
-    def name(self) -> str:
-        return f"style-stop@{self.k_max}/{self.style}"
-
-    @property
-    def chooser(self) -> Vote:
-        return MAJORITY
+    title: ClassVar[str] = "style-stop@{0.k_max}/{0.style}"
 
     def good(self, trees: Trees) -> Bools:
         return self.score(trees, Source.STYLE) == self.style

@@ -29,11 +29,10 @@ from ziprc.sampling import features as f
 from ziprc.sampling.controller import NONE, Choice, Decision
 from ziprc.sampling.fitting import Calibration
 from ziprc.sampling.score import joint_summary
-from ziprc.sampling.tree import Status, Trees
+from ziprc.sampling.tree import Bools, Floats, Status, Trees
 
 ON_THE_WAY, FINISHED, REMAINING, VALUE = range(4)  # signals
 MOST_LOG_ODDS = 30.0  # of a prompt: beyond it 1 - p is lost in rounding
-Floats = NDArray[np.float64]
 
 # How much a failure after a prefix says about the prefix: Beta strength, as `strength` is for prompts. Small, since the
 # estimate of a prefix misses what went wrong before; with the strength of prompts (11 at toy) forks repeat their errors.
@@ -48,7 +47,7 @@ class FusedScore:
     grid: BinGrid
     signals: ClassVar[int] = 4
 
-    def read(self, joint: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
+    def read(self, joint: Floats, features: Floats) -> NDArray[np.float32]:
         """[n, 4] log odds on the way, log odds if finished, expected remaining tokens, expected reward of the joint."""
         own = self.calibration
         x = own.inputs(joint, features, self.grid)
@@ -144,21 +143,25 @@ class ZipRCPlus(FusedScore):
             allowed[rows[good], np.minimum(best[good], 2 * slots)] = False
             allowed[:, slots : 2 * slots] &= ((decision.branch == NONE) & (decision.start < free))[:, None]
             allowed[:, 2 * slots] = decision.start + (decision.branch != NONE) < free
-        branch = np.maximum(decision.branch, 0)[:, None]
         if self.can_branch:
-            decision.branch_at = np.take_along_axis(trees.spot, branch, 1)[:, 0].astype(np.int64)
+            branch = np.maximum(decision.branch, 0)
+            decision.branch_at = trees.spot[rows, branch].astype(np.int64)
         return decision
 
-    def _candidates(self, trees: Trees) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    def _candidates(self, trees: Trees) -> tuple[Floats, Floats, Bools]:
         """Chance to be right if none so far was, expected tokens, and whether it can be done; all [P, C].
 
         The columns are: every branch, a fork before the slip of every branch, a new sample.
         """
-        root = np.clip(trees.root[:, ON_THE_WAY].astype(np.float64), -MOST_LOG_ODDS, MOST_LOG_ODDS)
-        alone = self._log_odds(trees)
-        fresh, others = self._odds(trees, expit(root), expit(alone))
-        shift = logit(others) - root[:, None]  # 0 without failures
-        free = (trees.status == Status.FREE).any(-1)
+        root = np.clip(trees.root[:, ON_THE_WAY].astype(np.float64), -MOST_LOG_ODDS, MOST_LOG_ODDS)[:, None]
+        alone, prior = self._log_odds(trees), expit(root)
+        kappa = self.calibration.strength if self.latent else np.inf
+        lost = np.clip(1 - expit(alone) / prior, 0.0, 1.0)
+        failures = np.where(trees.finished, 1.0, np.where(trees.unfinished, lost, 0.0))
+        total = failures.sum(-1, keepdims=True)
+        fresh = prior / (1 + total / kappa)
+        shift = logit(prior / (1 + (total - failures) / kappa)) - root  # by the failures of the others; 0 without any
+        free = (trees.status == Status.FREE).any(-1, keepdims=True)
         chance, cost = expit(alone + shift), trees.signals[..., REMAINING]
         forks, fork_cost, can_fork = np.zeros_like(chance), np.ones_like(chance), np.zeros_like(trees.unfinished)
         if self.can_branch:
@@ -166,17 +169,9 @@ class ZipRCPlus(FusedScore):
             tried = (trees.parent[:, None, :] == np.arange(trees.slots)[:, None]).sum(-1)
             again = FORK_STRENGTH / (FORK_STRENGTH + 1 + tried)  # the parent itself went on from there, and failed
             forks, fork_cost = expit(spot[..., ON_THE_WAY] + shift) * again, spot[..., REMAINING]
-            can_fork = trees.used & (trees.spot > trees.fork) & (trees.spot < trees.length) & free[:, None]
+            can_fork = trees.used & (trees.spot > trees.fork) & (trees.spot < trees.length) & free
         return (
-            np.concatenate([chance, forks, fresh[:, None]], -1),
+            np.concatenate([chance, forks, fresh], -1),
             np.maximum(np.concatenate([cost, fork_cost, trees.root[:, REMAINING, None]], -1), 1.0),
-            np.concatenate([trees.unfinished if self.can_pause else trees.running, can_fork, free[:, None]], -1),
+            np.concatenate([trees.unfinished if self.can_pause else trees.running, can_fork, free], -1),
         )
-
-    def _odds(self, trees: Trees, prior: Floats, alone: Floats) -> tuple[Floats, Floats]:
-        """P(right) of a new sample [P], given the failures so far, and given all but one branch's own [P, S]."""
-        kappa = self.calibration.strength if self.latent else np.inf
-        lost = np.clip(1 - alone / prior[:, None], 0.0, 1.0)
-        failures = np.where(trees.finished, 1.0, np.where(trees.unfinished, lost, 0.0))
-        total = failures.sum(-1, keepdims=True)
-        return prior / (1 + total[:, 0] / kappa), prior[:, None] / (1 + (total - failures) / kappa)
