@@ -40,9 +40,10 @@ from ziprc.pages import zip_rc
 from ziprc.pages.report import costs, facts, made_from, making, read_provenance, render
 from ziprc.pages.summary import summary
 from ziprc.pages.zip_rc import findings
-from ziprc.reading import states as states_module
+from ziprc.reading import recorded
 from ziprc.reading.logits import Reading, kl_drift, token_scores
-from ziprc.reading.states import JointReader, read_all, read_states, states_table, token_pairs, token_ranges
+from ziprc.reading.recorded import read_all, read_states
+from ziprc.reading.states import JointReader, states_table, token_pairs, token_ranges
 from ziprc.stages import baselines, evaluate, introspection, prompts, report, values
 from ziprc.stages.context import perform
 from ziprc.store.digests import digest_file
@@ -302,7 +303,7 @@ def test_everything_about_a_rollout_comes_back_in_order(tmp_path: Path, monkeypa
     lengths = np.array([3, 1, 6])
     ids, readings = random_states(lengths.tolist())
     path = shuffled_file(tmp_path, states_table(ids, readings, GRID))
-    monkeypatch.setattr(states_module, "READ_STATES", 4)  # three pieces
+    monkeypatch.setattr(recorded, "READ_STATES", 4)  # three pieces
     found = read_all(path, pa.array(["r2", "r0"]), lengths[[2, 0]], GRID.size)
     assert found.start.tolist() == [0, 6] and found.length.tolist() == [6, 3]
     for name in ("joint", "log_prob", "entropy"):

@@ -212,3 +212,9 @@ def test_snakefile_and_help_start_without_torch() -> None:
         "import sys, ziprc.cli, ziprc.workflow.snakefile as s; s.Rules({}, '.').goals; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT).returncode == 0
+
+
+def test_stages_that_only_look_at_recorded_states_start_without_torch() -> None:
+    modules = [f"ziprc.stages.{name}" for name in ("frontier", "calibration", "report")] + ["ziprc.pages.zip_rc"]
+    code = f"import sys, {', '.join(modules)}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT).returncode == 0

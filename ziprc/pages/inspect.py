@@ -26,7 +26,7 @@ from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.head import read_joint_head
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.pages.html import fill
-from ziprc.reading.states import read_states
+from ziprc.reading.recorded import read_states
 from ziprc.store.files import write_text
 from ziprc.store.layout import Layout
 from ziprc.tables.grades import GRADES

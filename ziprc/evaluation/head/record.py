@@ -38,7 +38,8 @@ from ziprc.joint.bins import BinGrid
 from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.head import read_joint_head
 from ziprc.reading.logits import kl_drift
-from ziprc.reading.states import States, load_for_reading, read_states, token_pairs
+from ziprc.reading.recorded import States, read_states
+from ziprc.reading.states import load_for_reading, token_pairs
 from ziprc.store.digests import derived_seed
 from ziprc.tables.baselines import BASELINES
 from ziprc.tables.check import TableSchema

@@ -14,7 +14,7 @@ from ziprc.errors import UserError
 from ziprc.evaluation.outcomes import column, join_outcomes, response_lengths
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.head import read_joint_head
-from ziprc.reading.states import read_all
+from ziprc.reading.recorded import read_all
 from ziprc.sampling.replay import Pool, track
 from ziprc.tables.grades import GRADES
 from ziprc.tables.prompts import PROMPTS
