@@ -176,11 +176,12 @@ def test_scores_equal_a_forward_pass_on_the_finished_text(
 ) -> None:
     assert settings.joint is not None
     model, pairs = load_model(settings.model), pairs_of(requests, heard)
-    for i, scores in token_scores(model, TEXT, pairs, token_budget=8192, chunk=512):
-        own = heard[requests[i].key]
-        assert own.log_prob[0] == 0
-        np.testing.assert_allclose(own.log_prob[1:], scores.log_prob[:-1], atol=SCORE_TOLERANCE)
-        np.testing.assert_allclose(own.entropy, scores.entropy, atol=SCORE_TOLERANCE)
+    for batch in token_scores(model, TEXT, pairs, token_budget=8192, chunk=512):
+        for i, _, log_prob, entropy in zip(*batch, strict=True):
+            own = heard[requests[i].key]
+            assert own.log_prob[0] == 0
+            np.testing.assert_allclose(own.log_prob[1:], log_prob[:-1], atol=SCORE_TOLERANCE)
+            np.testing.assert_allclose(own.entropy, entropy, atol=SCORE_TOLERANCE)
     for i, joint in read_joint(model, settings.joint, pairs):
         np.testing.assert_allclose(heard[requests[i].key].joint, joint, atol=JOINT_TOLERANCE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.metrics import f1_score, roc_auc_score
 
 from ziprc.evaluation.accuracy import auroc, threshold_metrics, within_prompt_auroc
@@ -47,6 +48,28 @@ def test_auroc_of_every_replicate_equals_sklearn_on_the_repeated_rows(seed: int)
             assert np.isclose(found[k], roc_auc_score(success[rows], prediction[rows]))
         else:
             assert np.isnan(found[k])
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_intervals_equal_those_of_scipy_which_resamples_prompts_one_by_one(confidence: float):
+    """Percentile intervals of the mean over rollouts, with other draws of the same prompts."""
+    replicates = 20_000
+    group = np.repeat(np.arange(40), np.arange(40) % 4 + 1)
+    score = np.random.default_rng(1).random(len(group)) ** (1 + group % 3)
+    total, count = np.bincount(group, score), np.bincount(group)
+
+    def mean(total: np.ndarray, count: np.ndarray, axis: int) -> np.ndarray:
+        return total.sum(axis) / count.sum(axis)
+
+    wanted = scipy.stats.bootstrap(
+        (total, count), mean, paired=True, vectorized=True, n_resamples=replicates, confidence_level=confidence,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    found = Resampling(group, replicates, 0).ratio(score).interval(confidence)
+    assert found["value"] == pytest.approx(score.mean(), abs=1e-6)
+    tolerance = 0.05 * wanted.standard_error  # two of the difference between two such quantiles
+    assert found["low"] == pytest.approx(wanted.confidence_interval.low, abs=tolerance)
+    assert found["high"] == pytest.approx(wanted.confidence_interval.high, abs=tolerance)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -20,18 +20,20 @@ from markupsafe import escape
 
 from tests.doubles import GRID, World, tiny_experiment
 from ziprc.config.load import Config
-from ziprc.config.zip_rc import Samples
+from ziprc.config.shared import Evaluate
+from ziprc.config.zip_rc import Baselines, Samples
 from ziprc.errors import UserError
-from ziprc.evaluation.accuracy import LengthPrediction, auroc, length_metrics
-from ziprc.evaluation.bootstrap import Estimate, Resampling
+from ziprc.evaluation.accuracy import auroc, length_metrics
+from ziprc.evaluation.bootstrap import Estimate, Resampling, target_record
 from ziprc.evaluation.calibration import calibration_metrics, length_curve, reliability_curve, sampling_floor
 from ziprc.evaluation.head.description import majority_scores
-from ziprc.evaluation.head.metrics import LengthReference, NoLoss, Target, policy_record
-from ziprc.evaluation.head.probes import ProbeSettings, logistic_prediction, probe_prediction
+from ziprc.evaluation.head.metrics import length_records, no_loss, policy_record
+from ziprc.evaluation.head.probes import logistic_prediction, probe_prediction
 from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions
 from ziprc.joint import readout
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
+from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.head import read_joint_head
 from ziprc.joint.readout import TokenPair
 from ziprc.joint.tokenizer import text_ids
@@ -154,33 +156,35 @@ def test_a_reliability_curve_counts_every_rollout_once():
     assert all(record["observed"]["value"] == pytest.approx(record["predicted"], abs=1e-5) for record in curve)
 
 
+def certain(grid: BinGrid, *bins: int) -> JointDistribution:
+    """One row for each of the length bins, with the lowest reward."""
+    return JointDistribution(grid, np.eye(grid.size)[list(bins)])
+
+
 def test_length_metrics_on_a_case_done_by_hand():
-    boot = Resampling(np.arange(4), 10, 0)
-    remaining = np.array([3, 9, 10, 30])
-    predicted = LengthPrediction(
-        bin=np.array([0, 1, 1, 1]), median=np.array([3.9, 12.2, 10.0, 20.0]), low=np.array([3.1, 9.5, 11.0, 10.0]),
-        high=np.array([5.0, 12.0, 12.0, 29.9]),
-    )  # fmt: skip
-    found = length_metrics(boot, predicted, remaining, np.array([0, 1, 1, 2]), constant=10.0, majority_bin=1)
-    assert found["bin_accuracy"].value == 0.75
+    predicted = certain(GRID, 0, 1, 1, 2)  # medians 4, 12, 12, 24; 80 % intervals 0-7, 8-15, 8-15, 17-30
+    found = length_metrics(Resampling(np.arange(4), 10, 0), predicted, np.array([3, 9, 10, 35]), 10.0, 1)
+    assert found["bin_accuracy"].value == 0.75  # 35 lies in bin 3
     assert found["majority_bin_share"].value == 0.5
-    assert found["median_mae"].value == (0 + 3 + 0 + 10) / 4
-    assert found["constant_mae"].value == (7 + 1 + 0 + 20) / 4
-    assert found["mae_gain"].value == 1 - 13 / 28
-    assert found["coverage_80"].value == 0.5
+    assert found["median_mae"].value == (1 + 3 + 2 + 11) / 4
+    assert found["constant_mae"].value == (7 + 1 + 0 + 25) / 4
+    assert found["mae_gain"].value == 1 - 17 / 33
+    assert found["coverage_80"].value == 0.75
 
 
 def test_a_length_of_one_token_is_inside_a_bin_of_one_token():
-    boot = Resampling([0, 1], 10, 0)
-    inside = LengthPrediction(np.array([1, 1]), np.array([1.5, 1.5]), np.array([1.1, 1.1]), np.array([1.9, 1.9]))
-    found = length_metrics(boot, inside, np.array([1, 1]), np.array([1, 1]), 3.0, 0)
+    predicted = certain(BinGrid((0, 1), (0, 1, 2)), 1, 1)  # median 1.5, interval 1.1 to 1.9
+    found = length_metrics(Resampling([0, 1], 10, 0), predicted, np.array([1, 1]), 3.0, 0)
     assert found["coverage_80"].value == 1 and found["median_mae"].value == 0
 
 
-def test_the_reference_is_the_median_and_commonest_bin_of_training():
-    reference = LengthReference.fit(np.array([[20, 10], [40, 20], [24, 12]]), GRID)
-    assert reference.constant.tolist() == [24, 12]
-    assert reference.majority_bin.tolist() == [2, 1]
+def test_lengths_are_compared_with_the_median_and_the_commonest_bin_of_training():
+    trained, remaining = np.full((3, 5), [[20], [40], [24]]), np.full((2, 5), [[16], [9]])
+    joint = JointDistribution(GRID, np.eye(GRID.size)[np.zeros((2, 5), int)])
+    found = length_records(Resampling([0, 1], 10, 0), joint, remaining, trained, 0.95)
+    assert len(found) == 5
+    for record in found.values():
+        assert record["constant"] == 24 and record["majority_bin_share"]["value"] == 0.5
 
 
 def test_length_curves_have_equal_groups_in_order():
@@ -198,18 +202,15 @@ def test_the_sampling_floor_falls_with_the_number_of_samples_and_is_zero_for_a_c
 
 def test_a_target_is_judged_in_its_direction():
     record = {"value": 0.5, "low": 0.4, "high": 0.6}
-    assert Target("x", 0.4, True, record).record()["met"] is True
-    assert Target("x", 0.4, False, record).record()["met"] is False
-    assert Target("x", 0.4, True, {"value": None, "low": None, "high": None}).record()["met"] is None
+    assert target_record("x", 0.4, record)["met"] is target_record("x", 0.4, 0.5)["met"] is True
+    assert target_record("x", 0.4, record, at_least=False)["met"] is False
+    assert target_record("x", 0.4, record | {"value": None})["met"] is target_record("x", 0.4, None)["met"] is None
 
 
 def test_a_loss_is_missed_only_when_the_whole_interval_is_below_and_undecided_when_it_is_wide():
-    def met(low: float, high: float) -> bool | None:
-        return NoLoss("x", 0.0, True, {"value": (low + high) / 2, "low": low, "high": high}).record()["met"]
-
-    assert met(-0.05, -0.01) is False
-    assert met(-0.08, 0.02) is None
-    assert met(-0.01, 0.01) is True
+    assert no_loss({"low": -0.05, "high": -0.01}) is False
+    assert no_loss({"low": -0.08, "high": 0.02}) is no_loss({"low": None, "high": None}) is None
+    assert no_loss({"low": -0.01, "high": 0.01}) is True
 
 
 def test_majority_counts_answers_and_shares_ties():
@@ -355,22 +356,24 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_token_scores_equal_the_naive_full_forward(experiment: World):
     model = load_model(experiment.layout.checkpoint("base"))
     pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
-    for i, scores in token_scores(model, 261, pairs, 1000, chunk=3):
+    (batch,) = token_scores(model, 261, pairs, 1000, chunk=3)
+    for i, _, log_prob, entropy in zip(*batch, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([[*pairs[i].prompt, *pairs[i].response]])).logits[0, :, :261]
         log_probs = torch.log_softmax(logits[len(pairs[i].prompt) - 1 : -1], -1)
         chosen = log_probs[torch.arange(len(pairs[i].response)), torch.tensor(pairs[i].response)]
-        assert np.allclose(scores.log_prob, chosen.numpy(), atol=1e-5)
-        assert np.allclose(scores.entropy, -(log_probs.exp() * log_probs).sum(-1).numpy(), atol=1e-5)
+        assert np.allclose(log_prob, chosen.numpy(), atol=1e-5)
+        assert np.allclose(entropy, -(log_probs.exp() * log_probs).sum(-1).numpy(), atol=1e-5)
 
 
 def test_one_pass_of_the_body_gives_joint_and_scores(experiment: World, monkeypatch: pytest.MonkeyPatch):
     reader = JointReader.open(experiment.layout.checkpoint("ziprc"))
     pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
     joints = reader.joints(pairs, 1000)
-    scores = dict(
-        token_scores(reader.model, max(text_ids(experiment.layout.checkpoint("ziprc"))) + 1, pairs, 1000, chunk=3)
+    (batch,) = token_scores(
+        reader.model, max(text_ids(experiment.layout.checkpoint("ziprc"))) + 1, pairs, 1000, chunk=3
     )
+    scores = {i: (log_prob, entropy) for i, _, log_prob, entropy in zip(*batch, strict=True)}
     passes = []
     body = readout.body_states
     monkeypatch.setattr(readout, "body_states", lambda *a: passes.append(1) or body(*a))
@@ -378,8 +381,7 @@ def test_one_pass_of_the_body_gives_joint_and_scores(experiment: World, monkeypa
     assert len(passes) == 1
     for i, one in enumerate(found):
         assert np.array_equal(one.joint, joints[i])
-        assert np.allclose(one.log_prob, scores[i].log_prob, atol=1e-5)
-        assert np.allclose(one.entropy, scores[i].entropy, atol=1e-5)
+        assert np.allclose([one.log_prob, one.entropy], scores[i], atol=1e-5)
 
 
 def test_drift_is_zero_at_equal_weights_and_equals_the_naive_kl_otherwise(experiment: World):
@@ -424,40 +426,38 @@ def test_the_probe_learns_repeats_itself_and_leaves_global_randomness_alone(hidd
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 6)).astype(np.float16)
     y = (x[:, 0] + x[:, 1] > 0).astype(float)
-    settings = ProbeSettings(hidden, 20, seed=3)
+    own = Baselines(probe_hidden=hidden, probe_epochs=20)
     before = torch.random.get_rng_state()
-    first = probe_prediction(x, y, np.arange(2000) // 4, x, settings)
+    first = probe_prediction(x, y, np.arange(2000) // 4, x, own, seed=3)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert np.array_equal(first, probe_prediction(x, y, np.arange(2000) // 4, x, settings))
+    assert np.array_equal(first, probe_prediction(x, y, np.arange(2000) // 4, x, own, seed=3))
     assert ((first > 0.5) == y).mean() > 0.9
 
 
 def test_pass_at_1_is_paired_on_common_prompts():
-    def outcomes(ids: list[str], score: list[float]) -> Outcomes:
-        n = len(score)
-        return Outcomes(
-            pa.array([f"{i}" for i in range(n)]), pa.array(ids), np.arange(n) // (n // len(ids)), np.arange(n),
-            np.ones(n, int), np.ones(n, bool), np.array(score), 0,
-        )  # fmt: skip
-
-    record = policy_record(outcomes(["a", "b", "c"], [1, 0, 0, 0, 1, 1]), outcomes(["b", "a"], [0, 1]), 50, 0, 0.95)
+    record = policy_record(
+        outcomes_of({"a": [1, 0], "b": [0, 0], "c": [1, 1]}),
+        outcomes_of({"b": [0], "a": [1]}),
+        Evaluate(bootstrap=50),
+        0,
+    )
     assert record["prompts"] == 2
     assert record["base"]["value"] == 0.25 and record["ziprc"]["value"] == 0.5
     assert record["difference"]["value"] == 0.25
 
 
-def test_pass_at_1_weighs_every_prompt_alike_whatever_the_samples_of_either_side():
-    def outcomes(rates: dict[str, list[float]]) -> Outcomes:
-        score = np.concatenate([np.array(s, float) for s in rates.values()])
-        group = np.repeat(np.arange(len(rates)), [len(s) for s in rates.values()])
-        n = len(score)
-        rows = np.arange(n)
-        ids = pa.array([str(i) for i in rows])
-        return Outcomes(ids, pa.array(list(rates)), group, rows, np.ones(n, int), np.ones(n, bool), score, 0)
+def outcomes_of(scores: dict[str, list[float]]) -> Outcomes:
+    """Finished rollouts of one token, by prompt."""
+    score = np.concatenate([np.array(s, float) for s in scores.values()])
+    group, rows = np.repeat(np.arange(len(scores)), [len(s) for s in scores.values()]), np.arange(len(score))
+    ids, ones = pa.array([str(i) for i in rows]), np.ones(len(score), int)
+    return Outcomes(ids, pa.array(list(scores)), group, rows, ones, ones.astype(bool), score, 0)
 
-    few = outcomes({"a": [1, 0], "b": [0, 0], "c": [1, 1]})
-    many = outcomes({"b": [1, 0, 0, 0, 0, 0], "a": [1, 1, 1, 1, 0, 0]})  # a pool of the first two prompts only
-    record = policy_record(few, many, 50, 0, 0.95)
+
+def test_pass_at_1_weighs_every_prompt_alike_whatever_the_samples_of_either_side():
+    few = outcomes_of({"a": [1, 0], "b": [0, 0], "c": [1, 1]})
+    many = outcomes_of({"b": [1, 0, 0, 0, 0, 0], "a": [1, 1, 1, 1, 0, 0]})  # a pool of the first two prompts only
+    record = policy_record(few, many, Evaluate(bootstrap=50), 0)
     assert record["prompts"] == 2 and record["base"]["value"] == 0.25
     assert record["ziprc"]["value"] == pytest.approx((1 / 6 + 4 / 6) / 2, abs=1e-4)
     assert record["difference"]["value"] == pytest.approx(5 / 12 - 0.25, abs=1e-4)

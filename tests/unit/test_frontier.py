@@ -23,17 +23,7 @@ from ziprc.config.zip_rc import Frontier
 from ziprc.evaluation.bootstrap import Resampling
 from ziprc.evaluation.samplers import record as module
 from ziprc.evaluation.samplers.decisions import decision_table, live_record, ungraded_answers, with_grades
-from ziprc.evaluation.samplers.frontier import (
-    Costs,
-    Family,
-    Mixture,
-    Outcome,
-    Player,
-    choose_and_play,
-    compare,
-    difference_records,
-    hull,
-)
+from ziprc.evaluation.samplers.frontier import Comparison, Family, Mixture, Outcome, Player, choose_and_play, hull
 from ziprc.evaluation.samplers.pools import RecordedPool
 from ziprc.evaluation.samplers.record import arena, sampling_record, sweep_of
 from ziprc.rewards.base import Verdict, ungraded
@@ -87,6 +77,10 @@ def family(*outcomes: Outcome) -> Family:
     return Family("f", [], outcomes, tried=len(outcomes))
 
 
+def comparison(budgets: dict[str, float], prompts: int = 2, plain: Sequence[float] = (1.0,)) -> Comparison:
+    return Comparison(Resampling(np.arange(prompts), 10, 0), budgets, np.array(plain), 0.25, 0.95)
+
+
 costs = st.lists(st.floats(1, 1000), min_size=1, max_size=6, unique=True)
 
 
@@ -110,25 +104,22 @@ def test_a_mixture_is_the_expectation_of_playing_either():
 
 
 def test_comparisons_are_paired_over_prompts():
-    boot = Resampling(np.arange(200), 200, 0)
     right = np.random.default_rng(0).random(200)
-    mine, theirs = (Mixture(o, o, 0.0) for o in (outcome(1.0, right), outcome(1.0, right - 0.01)))
-    assert not compare(boot, mine, mine).values.any()
-    gap = compare(boot, mine, theirs).interval()
-    assert gap == {"value": 0.01, "low": 0.01, "high": 0.01}, "what varies between prompts is in both"
+    mine, theirs = family(outcome(1.0, right)), replace(family(outcome(1.0, right - 0.01)), name="theirs")
+    gaps = comparison({"1": 1.0}, 200).difference(mine, [mine, theirs])["1"]
+    assert gaps["f"] == {"value": 0, "low": 0, "high": 0}
+    assert gaps["theirs"] == {"value": 0.01, "low": 0.01, "high": 0.01}, "what varies between prompts is in both"
 
 
 def test_a_family_that_cannot_afford_a_budget_is_not_compared():
-    boot = Resampling(np.arange(2), 10, 0)
     cheap, dear = family(outcome([5, 5], [0, 1])), replace(family(outcome([50, 50], [1, 1])), name="dear")
-    found = difference_records(boot, cheap, [dear], {"1": 10.0, "10": 100.0}, 0.95)
+    found = comparison({"1": 10.0, "10": 100.0}).difference(cheap, [dear])
     assert found["1"] == {} and found["10"]["dear"]["value"] == -0.5
 
 
 def test_the_normalised_cost_is_in_samples_of_the_same_prompt():
-    one = Mixture(outcome([20, 60], 1.0), outcome([20, 60], 1.0), 0.0)
-    found = Costs(np.array([10.0, 30.0]), 0.25).normalised(one)
-    assert found.tolist() == [0.25 * 2 + 0.75 * 1] * 2  # serial steps are half of the tokens
+    found = comparison({"1": 40.0}, plain=(10.0, 30.0)).record(family(outcome([20, 60], 1.0)))
+    assert found["points"]["1"]["cost"] == 0.25 * 2 + 0.75 * 1  # serial steps are half of the tokens
 
 
 def test_outcomes_are_means_over_the_episodes_of_each_prompt():
@@ -305,13 +296,15 @@ def test_live_runs_of_a_calibrated_published_policy_are_calibrated(pools: Any, f
 def choose_published(config: Frontier, pools: Any, fitted: Fitted) -> dict[str, Any]:
     """What frontier.json says about the published policy."""
     ring = arena(config, fitted, *pools, 0)
-    kept = ring.family(PUBLISHED, [single(fitted), *ours(fitted, sweep_of(config))[PUBLISHED]])
-    return {"chosen": {PUBLISHED: module._chosen(kept)}, "one_sample": ring.one_sample}
+    settings = ours(fitted, sweep_of(config))[PUBLISHED]
+    played = choose_and_play(PUBLISHED, [single(fitted), *settings], ring.validation, ring.test)
+    return {"chosen": {PUBLISHED: module._chosen(ring, played, settings)}, "one_sample": ring.one_sample}
 
 
 def headline(pools: Any, fitted: Fitted, difference: dict[str, Any]) -> dict[str, Any]:
     ring = arena(own(), fitted, *pools, 0)
-    rows = module._headline(ring, {"majority": ring.family("majority", [single(fitted)])}, difference, {})
+    alone = choose_and_play("majority", [single(fitted)], ring.validation, ring.test)
+    rows = module._headline(ring, {PLUS: alone, "majority": alone}, difference, {})
     return {row["name"]: row for row in rows}
 
 

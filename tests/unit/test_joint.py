@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +174,7 @@ def test_a_negative_first_row_is_refused():
 
 def test_a_layout_without_reasoning_rows_is_read_from_records_that_do_not_know_them():
     layout = VocabLayout(32, 10, 10, 4)
-    old = {name: value for name, value in layout.to_dict().items() if not name.startswith("reasoning")}
+    old = {name: value for name, value in asdict(layout).items() if not name.startswith("reasoning")}
     assert len(old) == 4 and VocabLayout.from_dict(old) == layout and layout.reasoning_size == 0
     with pytest.raises(KeyError):
         VocabLayout.from_dict({"vocab_size": 32})

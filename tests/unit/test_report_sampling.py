@@ -12,7 +12,7 @@ import pytest
 
 from ziprc.evaluation.bootstrap import Resampling
 from ziprc.evaluation.calibration import calibration_metrics, reliability_curve
-from ziprc.evaluation.samplers.frontier import Costs, Family, Outcome, difference_records, family_record
+from ziprc.evaluation.samplers.frontier import Comparison, Family, Outcome
 from ziprc.pages.figures import best_rivals, frontier, frontier_figure, in_order
 from ziprc.pages.html import fill
 from ziprc.pages.samplers import findings, section
@@ -58,23 +58,20 @@ def compact_record() -> dict[str, Any]:
     boot = Resampling(np.arange(PROMPTS), 60, 0)
     families = {name: family(name, at) for name, at in FAMILIES.items()}
     plus, *others = families.values()
-    costs = Costs(np.full(PROMPTS, ONE), 0.1)
+    field = Comparison(boot, BUDGETS, np.full(PROMPTS, ONE), 0.1, 0.95)
     probability, score = np.linspace(0, 1, PROMPTS), np.repeat([0.0, 1.0], PROMPTS // 2)
     answer = {k: v.interval() for k, v in calibration_metrics(boot, probability, score, 10).items()}
     cell = {"accuracy": 0.5, "tokens": 80.0, "samples": 2.0}
     zero, helps = {"value": 0.0, "low": -0.01, "high": 0.01}, {"value": -0.05, "low": -0.07, "high": -0.03}
 
-    def points(f: Family) -> dict[str, Any]:
-        return family_record(boot, f, BUDGETS, costs, 0.95)
-
     return {
         "budgets": BUDGETS,
         "prompts": {"validation": 100, "test": PROMPTS, "rollouts": 24, "orders": 2},
-        "families": {name: points(f) for name, f in families.items()},
-        "difference": difference_records(boot, plus, others, BUDGETS, 0.95),
+        "families": {name: field.record(f) for name, f in families.items()},
+        "difference": field.difference(plus, others),
         "ablations": {
-            "zip-rc-plus: no pause": points(plus) | {"difference": dict.fromkeys(BUDGETS, zero)},
-            "zip-rc-plus: no vote": points(plus) | {"difference": dict.fromkeys(BUDGETS, helps)},
+            "zip-rc-plus: no pause": field.record(plus) | {"difference": dict.fromkeys(BUDGETS, zero)},
+            "zip-rc-plus: no vote": field.record(plus) | {"difference": dict.fromkeys(BUDGETS, helps)},
         },
         "oracle": {"1": 0.5, "2": 0.6, "4": 0.75},
         "cells": {

@@ -7,12 +7,11 @@ the score itself. "Within prompt" AUROC counts only pairs of a success and a fai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ziprc.evaluation.bootstrap import Estimate, Resampling
+from ziprc.evaluation.bootstrap import Estimate, Resampling, quotient
+from ziprc.joint.distribution import JointDistribution
 
 SUCCESS = 0.5  # scores and predictions from here on are successes
 REPLICATES_AT_ONCE = 64  # keeps a block of weights inside the cache
@@ -41,79 +40,47 @@ def auroc(boot: Resampling, prediction: ArrayLike, success: ArrayLike) -> Estima
     return Estimate(out)
 
 
-def ranks_within(group: NDArray[np.int64], prediction: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rank from 1 of each prediction inside its group; ties share the mean rank."""
-    order = np.lexsort((prediction, group))
-    g, p = group[order], prediction[order]
-    new_group = np.r_[True, g[1:] != g[:-1]]
-    new_value = new_group | np.r_[True, p[1:] != p[:-1]]
-    place = np.arange(len(g)) - np.flatnonzero(new_group)[np.cumsum(new_group) - 1] + 1
-    tie = np.cumsum(new_value) - 1
-    mean_place = np.bincount(tie, weights=place) / np.bincount(tie)
-    ranks = np.empty(len(g))
-    ranks[order] = mean_place[tie]
-    return ranks
-
-
 def within_prompt_auroc(boot: Resampling, prediction: ArrayLike, success: ArrayLike) -> Estimate:
     """AUROC over the pairs of a success and a failure of the same prompt, all pairs alike."""
     good = np.asarray(success, dtype=np.float64)
-    ranks = ranks_within(boot.group, np.asarray(prediction, dtype=np.float64))
-    n_good, n_all, rank_sum = (
-        np.bincount(boot.group, w, boot.prompts) for w in (good, np.ones_like(good), good * ranks)
-    )
-    won, pairs = rank_sum - n_good * (n_good + 1) / 2, n_good * (n_all - n_good)
-    return boot.quotient(lambda t: t[:, 0] / t[:, 1], boot.prompt_totals(np.stack([won, pairs], -1)))
+    values, level = np.unique(prediction, return_inverse=True)
+    _, tie, size = np.unique(boot.group * len(values) + level, return_inverse=True, return_counts=True)
+    samples = np.bincount(boot.group, minlength=boot.prompts)
+    rank = (np.cumsum(size) - (size - 1) / 2)[tie]  # by prompt, then by prediction; ties share the mean rank
+    rank -= (np.cumsum(samples) - samples)[boot.group]
+    n_good, rank_sum = (np.bincount(boot.group, w, boot.prompts) for w in (good, good * rank))
+    return quotient(*boot.prompt_totals(rank_sum - n_good * (n_good + 1) / 2, n_good * (samples - n_good)))
 
 
 def threshold_metrics(boot: Resampling, prediction: ArrayLike, success: ArrayLike) -> dict[str, Estimate]:
     """F1 of successes, accuracy, and recall of failures at one half."""
     said, good = np.asarray(prediction) >= SUCCESS, np.asarray(success, dtype=bool)
-    cells = np.stack([said & good, said & ~good, ~said & good, ~said & ~good], -1).astype(np.float64)
-    totals = boot.totals(cells)
+    right, raised, missed, refused = boot.totals(said & good, said & ~good, ~said & good, ~said & ~good)
     return {
-        "f1": boot.quotient(lambda t: 2 * t[:, 0] / (2 * t[:, 0] + t[:, 1] + t[:, 2]), totals),
-        "accuracy": boot.quotient(lambda t: (t[:, 0] + t[:, 3]) / t.sum(1), totals),
-        "recall_of_failures": boot.quotient(lambda t: t[:, 3] / (t[:, 1] + t[:, 3]), totals),
+        "f1": quotient(2 * right, 2 * right + raised + missed),
+        "accuracy": quotient(right + refused, right + raised + missed + refused),
+        "recall_of_failures": quotient(refused, raised + refused),
     }
 
 
-@dataclass(frozen=True)
-class LengthPrediction:
-    """Predicted remaining length at one moment: bin, median and 80 % interval, all [n]."""
-
-    bin: NDArray[np.int64]
-    median: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-
-
 def length_metrics(
-    boot: Resampling,
-    predicted: LengthPrediction,
-    remaining: NDArray[np.int64],
-    remaining_bin: NDArray[np.int64],
-    constant: float,
-    majority_bin: int,
+    boot: Resampling, predicted: JointDistribution, remaining: NDArray[np.int64], constant: float, majority_bin: int
 ) -> dict[str, Estimate]:
     """Bin accuracy beside the share of the commonest training bin, MAE of the median beside that of the best constant.
 
-    Lengths are whole tokens and bins half-open, so length r fills [r, r + 1) of the continuous axis on which quantiles
-    are read: quantiles are floored before they are compared.
+    Lengths `remaining` [n] are whole tokens and bins half-open, so length r fills [r, r + 1) of the continuous axis on which
+    the quantiles of the joints [n, R·L] are read: they are floored before they are compared.
     """
-    median, low, high = (np.floor(q) for q in (predicted.median, predicted.low, predicted.high))
-    columns = np.stack(
-        [
-            predicted.bin == remaining_bin,
-            remaining_bin == majority_bin,
-            np.abs(median - remaining),
-            np.abs(constant - remaining),
-            (low <= remaining) & (remaining <= high),
-            np.ones(len(remaining)),
-        ],
-        -1,
-    ).astype(np.float64)
-    totals = boot.totals(columns)
-    names = ("bin_accuracy", "majority_bin_share", "median_mae", "constant_mae", "coverage_80")
-    means = {name: boot.quotient(lambda t, i=i: t[:, i] / t[:, -1], totals) for i, name in enumerate(names)}
-    return means | {"mae_gain": boot.quotient(lambda t: 1 - t[:, 2] / t[:, 3], totals)}
+    low, median, high = (np.floor(predicted.length_quantile(level)) for level in (0.1, 0.5, 0.9))
+    real = predicted.grid.length_bin(remaining)
+    columns = {
+        "bin_accuracy": predicted.length_marginal().argmax(-1) == real,
+        "majority_bin_share": real == majority_bin,
+        "median_mae": np.abs(median - remaining),
+        "constant_mae": np.abs(constant - remaining),
+        "coverage_80": (low <= remaining) & (remaining <= high),
+    }
+    *sums, count = boot.totals(*columns.values(), np.ones(len(remaining)))
+    totals = dict(zip(columns, sums, strict=True))
+    left = quotient(totals["median_mae"], totals["constant_mae"])
+    return {name: quotient(total, count) for name, total in totals.items()} | {"mae_gain": Estimate(1 - left.values)}

@@ -11,7 +11,7 @@ every array of replicates is the sample itself. Shapes: n rollouts, P prompts, S
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 
 DECIMALS = 6  # of a number in a record
 MIN_DEFINED = 0.5  # an interval needs this share of replicates in which the statistic exists
-
-Floats = NDArray[np.floating]
 
 
 def rounded(number: float) -> float | None:
@@ -51,6 +49,20 @@ class Estimate:
         return {"value": rounded(self.value), "low": rounded(low), "high": rounded(high)}
 
 
+def quotient(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> Estimate:
+    """Top over bottom, [S] each; a division by zero gives NaN, which `interval` reports as undefined."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Estimate(top / bottom)
+
+
+def target_record(name: str, target: float, result: Any, at_least: bool = True) -> dict[str, Any]:
+    """A row of `headline`: a number or interval that has to reach a target; `met` is None where there is no number."""
+    found = result["value"] if isinstance(result, Mapping) else result
+    met = None if found is None else bool(found >= target if at_least else found <= target)
+    direction = "at least" if at_least else "at most"
+    return {"name": name, "target": target, "direction": direction, "result": result, "met": met}
+
+
 class Resampling:
     """Counts of every prompt in every replicate; `group` says which prompt a rollout belongs to."""
 
@@ -67,27 +79,14 @@ class Resampling:
         part.group = self.group[rollouts]
         return part
 
-    def totals(self, columns: Floats) -> NDArray[np.float64]:
-        """[S, M] weighted sums of per-rollout columns [n, M]."""
-        flat = [np.bincount(self.group, weights=column, minlength=self.prompts) for column in np.atleast_2d(columns.T)]
-        return self.prompt_totals(np.stack(flat, -1))
+    def totals(self, *columns: ArrayLike) -> NDArray[np.float64]:
+        """[M, S] weighted sums of M per-rollout columns [n]."""
+        return self.prompt_totals(*(np.bincount(self.group, column, self.prompts) for column in columns))
 
-    def prompt_totals(self, sums: Floats) -> NDArray[np.float64]:
-        """[S, M] weighted sums of per-prompt columns [P, M]."""
-        return self.counts.astype(np.float64) @ sums
+    def prompt_totals(self, *columns: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[M, S] weighted sums of M per-prompt columns [P]."""
+        return (self.counts.astype(np.float64) @ np.stack(columns, -1)).T
 
     def ratio(self, numerator: ArrayLike, denominator: ArrayLike | None = None) -> Estimate:
         """Σ numerator / Σ denominator over rollouts; without a denominator, the mean."""
-        top = np.asarray(numerator, dtype=np.float64)
-        bottom = np.ones_like(top) if denominator is None else np.asarray(denominator, dtype=np.float64)
-        return self.formula(np.stack([top, bottom], -1), lambda t: t[:, 0] / t[:, 1])
-
-    def formula(self, columns: Floats, combine: Callable[[Any], Any]) -> Estimate:
-        """`combine` applied to the totals [S, M] of per-rollout columns [n, M]."""
-        return self.quotient(combine, self.totals(columns))
-
-    @staticmethod
-    def quotient(combine: Callable[[Any], Any], totals: NDArray[np.float64]) -> Estimate:
-        """An estimate from totals; a division by zero gives NaN, which `interval` reports as undefined."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return Estimate(np.asarray(combine(totals), dtype=np.float64))
+        return quotient(*self.totals(numerator, np.ones(len(self.group)) if denominator is None else denominator))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ziprc.evaluation.bootstrap import Estimate, Resampling, rounded
+from ziprc.evaluation.bootstrap import Estimate, Resampling, quotient, rounded
 
 FLOOR_DRAWS = 200  # samples per prompt behind the finite-sample floor
 CURVE_GROUPS = 10  # equally large groups in the curve of predicted against real length
@@ -27,12 +27,9 @@ def probability_bin(prediction: ArrayLike, bins: int) -> NDArray[np.int64]:
 def calibration_metrics(boot: Resampling, prediction: ArrayLike, score: ArrayLike, bins: int) -> dict[str, Estimate]:
     """Brier score and expected calibration error (mean |predicted − observed| over equally wide bins)."""
     p, y = np.asarray(prediction, dtype=np.float64), np.asarray(score, dtype=np.float64)
-    member = np.eye(bins)[probability_bin(p, bins)]
-    totals = boot.totals(np.column_stack([member * (p - y)[:, None], np.ones_like(p)]))
-    return {
-        "brier": boot.ratio((p - y) ** 2),
-        "ece": boot.quotient(lambda t: np.abs(t[:, :-1]).sum(1) / t[:, -1], totals),
-    }
+    inside = probability_bin(p, bins) == np.arange(bins)[:, None]
+    *gaps, count = boot.totals(*(inside * (p - y)), np.ones_like(p))
+    return {"brier": boot.ratio((p - y) ** 2), "ece": quotient(np.abs(np.stack(gaps, -1)).sum(-1), count)}
 
 
 def reliability_curve(
@@ -40,33 +37,20 @@ def reliability_curve(
 ) -> list[dict[str, Any]]:
     """One record per bin that is not empty: mean prediction, mean score with interval, and how many rollouts."""
     p, y = np.asarray(prediction, dtype=np.float64), np.asarray(score, dtype=np.float64)
-    which = probability_bin(p, bins)
-    records = []
-    for k in np.unique(which):
-        inside = which == k
-        observed = boot.ratio(np.where(inside, y, 0.0), inside)
-        records.append(
-            {
-                "predicted": rounded(p[inside].mean()),
-                "count": int(inside.sum()),
-                "observed": observed.interval(confidence),
-            }
-        )
+    which, records = probability_bin(p, bins), []
+    for inside in (which == k for k in np.unique(which)):
+        observed = boot.ratio(np.where(inside, y, 0.0), inside).interval(confidence)
+        records.append({"predicted": rounded(p[inside].mean()), "count": int(inside.sum()), "observed": observed})
     return records
 
 
 def length_curve(median: NDArray[np.float64], remaining: NDArray[np.int64]) -> list[dict[str, Any]]:
     """Equally large groups by predicted median: its mean, and the 10, 50 and 90 % points of the real length."""
-    groups = np.array_split(np.argsort(median, kind="stable"), CURVE_GROUPS)
-    return [
-        {
-            "predicted": rounded(median[group].mean()),
-            "count": len(group),
-            "real": [rounded(q) for q in np.quantile(remaining[group], [0.1, 0.5, 0.9])],
-        }
-        for group in groups
-        if len(group)
-    ]
+    records = []
+    for group in filter(len, np.array_split(np.argsort(median, kind="stable"), CURVE_GROUPS)):
+        real = [rounded(q) for q in np.quantile(remaining[group], [0.1, 0.5, 0.9])]
+        records.append({"predicted": rounded(median[group].mean()), "count": len(group), "real": real})
+    return records
 
 
 def total_variation(p: NDArray[np.floating], q: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -85,5 +69,5 @@ def sampling_floor(predicted: NDArray[np.floating], samples: NDArray[np.int64], 
     rng = np.random.default_rng(seed)
     exact = predicted.astype(np.float64)
     exact = exact / exact.sum(-1, keepdims=True)
-    draws = (rng.multinomial(n, q, size=FLOOR_DRAWS) / n for n, q in zip(samples.tolist(), exact, strict=True))
-    return np.array([total_variation(d, q).mean() for d, q in zip(draws, exact, strict=True)])
+    drawn = ((rng.multinomial(n, q, FLOOR_DRAWS) / n, q) for n, q in zip(samples.tolist(), exact, strict=True))
+    return np.array([total_variation(*pair).mean() for pair in drawn])

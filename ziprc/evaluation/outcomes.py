@@ -35,19 +35,9 @@ def align(table: pa.Table, ids: pa.Array, where: str) -> pa.Table:
     return table.take(index)
 
 
-def column(table: pa.Table, name: str) -> NDArray:
-    """A column as a numpy array."""
-    return table[name].combine_chunks().to_numpy(zero_copy_only=False)
-
-
 def response_lengths(rollouts: pa.Table) -> NDArray[np.int64]:
     """[n] response tokens, stop token included."""
-    return (
-        pc.list_value_length(rollouts["response_token_ids"])
-        .combine_chunks()
-        .to_numpy(zero_copy_only=False)
-        .astype(np.int64)
-    )
+    return pc.list_value_length(rollouts["response_token_ids"]).to_numpy().astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ def join_outcomes(rollouts: pa.Table, grades: pa.Table, where: str) -> Outcomes:
     """Outcomes of all rollouts that have a score or were cut off."""
     grades = align(grades, rollouts["rollout_id"].combine_chunks(), where)
     unfinished = np.asarray(pc.equal(grades["status"], GradeStatus.UNFINISHED.value))
-    score = np.where(unfinished, 0.0, column(grades, "score").astype(np.float64))
+    score = np.where(unfinished, 0.0, grades["score"].to_numpy().astype(np.float64))
     rows = np.flatnonzero(np.isfinite(score))
     if not len(rows):
         raise UserError(

@@ -8,7 +8,6 @@ instead of landing in bin 0. Shapes: R reward centres, L length bins.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from ziprc.errors import UserError
 
 
-def _strictly_increasing(values: tuple[float, ...]) -> bool:
-    return all(a < b for a, b in itertools.pairwise(values))
-
-
 @dataclass(frozen=True)
 class BinGrid:
     """Reward centres × length bins. `length_edges` holds L + 1 token counts, from 0 to the nominal top."""
@@ -32,14 +27,13 @@ class BinGrid:
     length_edges: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.reward_centres) < 2 or not _strictly_increasing(self.reward_centres):
-            raise UserError(f"reward_centres must be at least two increasing numbers, found {self.reward_centres}.")
-        if self.reward_centres[0] < 0 or self.reward_centres[-1] > 1:
-            raise UserError(f"reward_centres must lie in [0, 1], found {self.reward_centres}.")
-        if len(self.length_edges) < 3 or not _strictly_increasing(self.length_edges) or self.length_edges[0] != 0:
-            raise UserError(
-                f"length_edges must be at least three increasing numbers from 0, found {self.length_edges}."
-            )
+        centres, edges = self.reward_centres, self.length_edges
+        if len(centres) < 2 or not (np.diff(centres) > 0).all():
+            raise UserError(f"reward_centres must be at least two increasing numbers, found {centres}.")
+        if centres[0] < 0 or centres[-1] > 1:
+            raise UserError(f"reward_centres must lie in [0, 1], found {centres}.")
+        if len(edges) < 3 or not (np.diff(edges) > 0).all() or edges[0] != 0:
+            raise UserError(f"length_edges must be at least three increasing numbers from 0, found {edges}.")
 
     @property
     def R(self) -> int:
@@ -81,9 +75,9 @@ class BinGrid:
     def reward_bin(self, value: ArrayLike) -> NDArray[np.int64]:
         """Bin of a score in [0, 1]; UserError for NaN or a number outside."""
         scores = np.asarray(value, dtype=np.float64)
-        if not np.all((scores >= 0) & (scores <= 1)):
-            bad = scores[~((scores >= 0) & (scores <= 1))].flat[0]
-            raise UserError(f"a score must be a number in [0, 1], found {bad}.")
+        bad = scores[~((scores >= 0) & (scores <= 1))]
+        if bad.size:
+            raise UserError(f"a score must be a number in [0, 1], found {bad.flat[0]}.")
         return np.clip(np.searchsorted(self.reward_edges, scores, side="right") - 1, 0, self.R - 1)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""What a checkpoint says of itself: which rows of its output matrix speak, and what they mean.
+"""What a checkpoint says of itself, from `ziprc.json` and the tokenizer's file alone.
 
-Reads `ziprc.json` and the tokenizer's file alone and imports neither torch nor transformers, which take seconds: what only
-looks at recorded joints need not wait for them.
+Imports neither torch nor transformers, which take seconds: what only looks at recorded joints need not wait for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ class JointHead:
     grid: BinGrid
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layout": self.layout.to_dict(), "grid": self.grid.to_dict()}
+        return {"layout": asdict(self.layout), "grid": self.grid.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> JointHead:
@@ -49,6 +48,5 @@ def read_joint_head(folder: Path) -> JointHead:
     head = JointHead.from_dict(record["joint"])
     if head.layout.joint_size != head.grid.size:
         raise UserError(f"{folder}: the grid has {head.grid.size} cells but the layout {head.layout.joint_size} rows.")
-    used = text_ids(folder)
-    check_layout(head.layout, used)
+    check_layout(head.layout, text_ids(folder))
     return head

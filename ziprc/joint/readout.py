@@ -58,10 +58,8 @@ def labelled_states(
     lengths = [len(pair.prompt) + len(pair.response) for pair in pairs]
     for batch in batches_by_tokens(lengths, token_budget):
         own = [pairs[i] for i in batch]
-        inputs = [np.concatenate([pair.prompt, pair.response[:-1]]) for pair in own]  # after the last token, no label
-        ids = torch.nn.utils.rnn.pad_sequence(
-            [torch.from_numpy(row.astype(np.int64)) for row in inputs], batch_first=True
-        )
+        inputs = [np.concatenate([p.prompt, p.response[:-1]]).astype(np.int64) for p in own]  # no label after the last
+        ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in inputs], batch_first=True)
         mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in inputs])[:, None]).long()
         states = body_states(model, ids.to(model.device), mask.to(model.device))
         yield batch, [of[len(p.prompt) - 1 :][: len(p.response)] for of, p in zip(states, own, strict=True)]

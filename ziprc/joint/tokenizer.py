@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -28,22 +28,17 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
             f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES)}). Copy the tokenizer files of the "
             "base model into it."
         )
-    tokenizer = _tokenizer_class(Path(folder)).from_pretrained(folder)
+    config = Path(folder) / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.exists() else None
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend") and (Path(folder) / "tokenizer.json").exists():
+        from transformers import (
+            PreTrainedTokenizerFast as Kind,
+        )  # our own models': without AutoTokenizer's 5 s of imports
+    else:
+        from transformers import AutoTokenizer as Kind
+    tokenizer = Kind.from_pretrained(folder)
     tokenizer.init_kwargs.pop("local_files_only", None)  # else whether this machine is offline would be saved with it
     return tokenizer
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    """What AutoTokenizer would take; the plain class, which our own models have, without its five seconds of imports."""
-    config = folder / "tokenizer_config.json"
-    named = read_json(config).get("tokenizer_class") if config.exists() else None
-    if named in ("PreTrainedTokenizerFast", "TokenizersBackend") and (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
 
 
 def text_ids(folder: Path) -> set[int]:

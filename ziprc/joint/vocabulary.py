@@ -7,7 +7,7 @@ the tokenizer, and a slice that overlaps any id that the tokenizer or the genera
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from ziprc.errors import UserError
@@ -40,9 +40,6 @@ class VocabLayout:
     def joint_slice(self) -> slice:
         return slice(self.joint_start, self.joint_stop)
 
-    def to_dict(self) -> dict[str, int]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, record: Mapping[str, int]) -> VocabLayout:
         record = {"reasoning_start": 0, "reasoning_size": 0, **record}
@@ -51,13 +48,9 @@ class VocabLayout:
 
 def generation_ids(generation_config: Any) -> set[int]:
     """Ids that a generation config can emit: bos, eos, pad and forced tokens."""
-    found: set[int] = set()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
-                 "forced_eos_token_id"):  # fmt: skip
-        value = getattr(generation_config, name, None)
-        if value is not None:
-            found.update(value if isinstance(value, Iterable) else [value])
-    return {int(v) for v in found}
+    kinds = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
+    values = (getattr(generation_config, f"{kind}_token_id", None) for kind in kinds)
+    return {int(one) for v in values for one in (v if isinstance(v, Iterable) else [v]) if one is not None}
 
 
 def check_layout(layout: VocabLayout, used_ids: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""baselines: what honest competitors predict for the test rollouts (evaluation/probes.py says which and why).
+"""baselines: what honest competitors predict for the test rollouts (evaluation/head/probes.py says which and why).
 
 They are fitted on rollouts/train and grades/train with the frozen base model, the same rollouts the joint head learns
 from.
@@ -6,20 +6,13 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedModel
 
-from ziprc.config.load import Config
-from ziprc.evaluation.head.metrics import Predictions
-from ziprc.evaluation.head.probes import MomentData, ProbeSettings, all_predictions, collect
-from ziprc.evaluation.outcomes import join_outcomes, moment_positions, response_lengths
+from ziprc.evaluation.head.probes import all_predictions, collect
+from ziprc.evaluation.outcomes import join_outcomes
 from ziprc.joint.tokenizer import text_ids
-from ziprc.progress import progress
-from ziprc.reading.logits import TokenScores, token_scores
-from ziprc.reading.states import load_for_reading, token_pairs
+from ziprc.reading.states import load_for_reading
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.tables.baselines import BASELINES
@@ -29,22 +22,17 @@ from ziprc.tables.rollouts import ROLLOUTS
 TORCH_SEEDS = 2**32
 
 
-def moment_data(model: PreTrainedModel, rows: int, rollouts: pa.Table, config: Config) -> MomentData:
-    """Features of all rollouts at their moments, from one pass of the frozen base model."""
-    pairs, positions = token_pairs(rollouts), moment_positions(response_lengths(rollouts))
-    with progress(len(pairs), "baselines", "rollouts") as bar:
-
-        def counted() -> Iterator[tuple[int, TokenScores]]:
-            for item in token_scores(model, rows, pairs, config.runtime.forward_tokens, config.runtime.position_chunk):
-                yield item
-                bar.update(1)
-
-        return collect(counted(), positions, config.baselines.window, model.config.hidden_size)
-
-
-def prediction_table(ids: pa.Array, predictions: Predictions) -> pa.Table:
-    """One row per rollout, predictor and moment."""
-    return pa.concat_tables(
+def run(context: Context) -> str:
+    """Fit on the training rollouts, predict the test rollouts."""
+    config, own, sources = context.config, context.config.baselines, context.reads
+    rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
+    known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))
+    model, rows = load_for_reading(sources["base"]), max(text_ids(sources["base"])) + 1
+    seen = collect(model, rows, rollouts.take(pa.array(known.rows)), own.window, config.runtime)
+    asked = collect(model, rows, test, own.window, config.runtime)
+    seed = derived_seed(config.seed, "baselines") % TORCH_SEEDS
+    ids = test["rollout_id"].combine_chunks()
+    table = pa.concat_tables(
         BASELINES.make(
             {
                 "rollout_id": ids,
@@ -53,22 +41,8 @@ def prediction_table(ids: pa.Array, predictions: Predictions) -> pa.Table:
                 "expected_reward": np.clip(values, 0.0, 1.0).astype(np.float32),
             }
         )
-        for (predictor, moment), values in predictions.items()
+        for (predictor, moment), values in all_predictions(seen, known.score, known.group, asked, own, seed).items()
     )
-
-
-def run(context: Context) -> str:
-    config, sources = context.config, context.reads
-    base = sources["base"]
-    rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
-    known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))
-    model, rows = load_for_reading(base), max(text_ids(base)) + 1
-    seen = moment_data(model, rows, rollouts.take(pa.array(known.rows)), config)
-    asked = moment_data(model, rows, test, config)
-    seed = derived_seed(config.seed, "baselines") % TORCH_SEEDS
-    settings = ProbeSettings(config.baselines.probe_hidden, config.baselines.probe_epochs, seed)
-    predictions = all_predictions(seen, known.score, known.group, asked, settings)
-    table = prediction_table(test["rollout_id"].combine_chunks(), predictions)
     context.write(BASELINES, table)
     return f"wrote {table.num_rows} predictions for {test.num_rows} rollouts to {context.target}"
 

@@ -1,6 +1,6 @@
 """calibration: what samplers need besides the checkpoint, fitted on validation prompts and stored beside its weights.
 
-The fused score, the vote model and the strength of the difficulty prior (sampling/calibration.py), the two numbers of the
+The fused score, the vote model and the strength of the difficulty prior (sampling/fitting.py), the two numbers of the
 calibrated joint, and the log-probability logistic of the baselines.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ziprc.evaluation.bootstrap import Resampling, rounded
+from ziprc.evaluation.bootstrap import Resampling, quotient, rounded
 from ziprc.evaluation.outcomes import Outcomes
 
 LENGTH_PERCENTILES = (5, 50, 95)
@@ -41,40 +41,29 @@ def describe_base(
 ) -> dict[str, Any]:
     """The numbers for all prompts together."""
     group, prompts = outcomes.group, boot.prompts
-    samples = np.bincount(group, minlength=prompts)
-    majority = majority_scores(group, answers, outcomes.score)
-    oracle = np.zeros(prompts)
-    np.maximum.at(oracle, group, outcomes.success.astype(float))
+    samples, good = np.bincount(group, minlength=prompts), np.bincount(group, outcomes.success, prompts)
     shortest, longest = np.full(prompts, np.inf), np.zeros(prompts)
     np.minimum.at(shortest, group, outcomes.length)
     np.maximum.at(longest, group, outcomes.length)
+    percentiles = zip(LENGTH_PERCENTILES, np.percentile(outcomes.length, LENGTH_PERCENTILES), strict=True)
 
     def per_prompt(values: NDArray[np.float64]) -> dict[str, float | None]:
-        totals = boot.prompt_totals(np.stack([values, np.ones(prompts)], -1))
-        return boot.quotient(lambda t: t[:, 0] / t[:, 1], totals).interval(confidence)
+        return quotient(*boot.prompt_totals(values, np.ones(prompts))).interval(confidence)
 
     return {
         "samples_per_prompt": rounded(samples.mean()),
         "pass_at_1": boot.ratio(outcomes.score).interval(confidence),
-        "majority": per_prompt(majority),
-        "oracle": per_prompt(oracle),
+        "majority": per_prompt(majority_scores(group, answers, outcomes.score)),
+        "oracle": per_prompt((good > 0).astype(float)),
         "finished": boot.ratio(outcomes.finished).interval(confidence),
         "mean_length": boot.ratio(outcomes.length).interval(confidence),
-        "length_percentiles": {
-            str(p): rounded(v)
-            for p, v in zip(LENGTH_PERCENTILES, np.percentile(outcomes.length, LENGTH_PERCENTILES), strict=True)
-        },
+        "length_percentiles": {str(p): rounded(v) for p, v in percentiles},
         "length_ratio_within_prompt": {
             "median": rounded(np.median(longest / shortest)),
             "mean": per_prompt(longest / shortest),
         },
-        "prompts_with_both_outcomes": rounded(np.mean(_mixed(outcomes, prompts))),
+        "prompts_with_both_outcomes": rounded(np.mean((good > 0) & (good < samples))),
     }
-
-
-def _mixed(outcomes: Outcomes, prompts: int) -> NDArray[np.bool_]:
-    good = np.bincount(outcomes.group, outcomes.success, prompts)
-    return (good > 0) & (good < np.bincount(outcomes.group, minlength=prompts))
 
 
 def describe_cells(
@@ -88,44 +77,31 @@ def describe_cells(
     """One record per difficulty cell, easiest first. `cells` are of every prompt, `styles` of every rollout."""
     majority = majority_scores(outcomes.group, answers, outcomes.score)
     style = np.array([s or "" for s in styles])
+
+    def pass_at_1(inside: NDArray[np.bool_]) -> dict[str, float | None]:
+        return boot.ratio(np.where(inside, outcomes.score, 0.0), inside).interval(confidence)
+
     records = []
-    for cell in sorted(set(cells.tolist())):
+    for cell in np.unique(cells).tolist():
         in_cell = cells == cell
         inside = in_cell[outcomes.group]
+        found = []
+        for name, count in sorted(Counter(style[inside].tolist()).items()):
+            chosen = inside & (style == name)
+            share, length = rounded(count / inside.sum()), rounded(outcomes.length[chosen].mean())
+            record = {"style": name or "none", "share": share, "count": count}
+            found.append(record | {"pass_at_1": pass_at_1(chosen), "mean_length": length})
+        known = [s for s in found if s["style"] != "none" and s["count"] >= MIN_STYLE_COUNT]
+        best = max(known, key=lambda s: s["pass_at_1"]["value"], default={"style": None})
         records.append(
             {
                 "cell": cell,
                 "prompts": int(in_cell.sum()),
-                "pass_at_1": boot.ratio(np.where(inside, outcomes.score, 0.0), inside).interval(confidence),
+                "pass_at_1": pass_at_1(inside),
                 "majority": rounded(majority[in_cell].mean()),
                 "mean_length": rounded(outcomes.length[inside].mean()),
-                "styles": _styles(boot, outcomes, style, inside, confidence),
+                "styles": found,
+                "best_style": best["style"],
             }
         )
-    for record in records:
-        record["best_style"] = _best(record["styles"])
     return sorted(records, key=lambda r: -(r["pass_at_1"]["value"] or 0.0))
-
-
-def _styles(
-    boot: Resampling, outcomes: Outcomes, style: NDArray[np.str_], inside: NDArray[np.bool_], confidence: float
-) -> list[dict[str, Any]]:
-    counts = Counter(style[inside].tolist())
-    out = []
-    for name in sorted(counts):
-        chosen = inside & (style == name)
-        out.append(
-            {
-                "style": name or "none",
-                "share": rounded(counts[name] / inside.sum()),
-                "count": counts[name],
-                "pass_at_1": boot.ratio(np.where(chosen, outcomes.score, 0.0), chosen).interval(confidence),
-                "mean_length": rounded(outcomes.length[chosen].mean()),
-            }
-        )
-    return out
-
-
-def _best(styles: Sequence[dict[str, Any]]) -> str | None:
-    eligible = [s for s in styles if s["style"] != "none" and s["count"] >= MIN_STYLE_COUNT]
-    return max(eligible, key=lambda s: s["pass_at_1"]["value"])["style"] if eligible else None

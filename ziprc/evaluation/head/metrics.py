@@ -18,31 +18,16 @@ Every number with uncertainty is {"value", "low", "high"}; null means undefined 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ziprc.evaluation.accuracy import (
-    LengthPrediction,
-    auroc,
-    length_metrics,
-    threshold_metrics,
-    within_prompt_auroc,
-)
-from ziprc.evaluation.bootstrap import Estimate, Resampling, rounded
-from ziprc.evaluation.calibration import (
-    calibration_metrics,
-    empirical_joint,
-    length_curve,
-    reliability_curve,
-    sampling_floor,
-    total_variation,
-)
+from ziprc.config.shared import Evaluate
+from ziprc.evaluation import accuracy, calibration
+from ziprc.evaluation.bootstrap import Resampling, quotient, rounded, target_record
 from ziprc.evaluation.outcomes import MOMENTS, Outcomes
-from ziprc.joint.bins import BinGrid
 from ziprc.joint.distribution import JointDistribution
 
 COMPARED = ("auroc", "within_prompt_auroc", "brier")
@@ -51,181 +36,122 @@ LOSS_MARGIN = 0.02  # two points of pass@1: an interval that reaches further dow
 Predictions = Mapping[tuple[str, str], NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """How intervals and bins are made."""
-
-    confidence: float
-    ece_bins: int
-
-
-def reward_estimates(
-    boot: Resampling, prediction: NDArray, outcomes: Outcomes, measure: Measure
-) -> dict[str, Estimate]:
-    """All estimates of one predictor at one moment."""
-    return {
-        "auroc": auroc(boot, prediction, outcomes.success),
-        "within_prompt_auroc": within_prompt_auroc(boot, prediction, outcomes.success),
-        **threshold_metrics(boot, prediction, outcomes.success),
-        **calibration_metrics(boot, prediction, outcomes.score, measure.ece_bins),
-    }
-
-
 def prediction_records(
-    boot: Resampling, predictions: Predictions, outcomes: Outcomes, measure: Measure
+    boot: Resampling, predictions: Predictions, outcomes: Outcomes, own: Evaluate
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The records `prediction` and `difference`."""
-    estimates = {key: reward_estimates(boot, p, outcomes, measure) for key, p in predictions.items()}
+    success, score, bins = outcomes.success, outcomes.score, own.ece_bins
+    estimates = {
+        key: {
+            "auroc": accuracy.auroc(boot, prediction, success),
+            "within_prompt_auroc": accuracy.within_prompt_auroc(boot, prediction, success),
+            **accuracy.threshold_metrics(boot, prediction, success),
+            **calibration.calibration_metrics(boot, prediction, score, bins),
+        }
+        for key, prediction in predictions.items()
+    }
     records: dict[str, Any] = {}
     differences: dict[str, Any] = {}
     for (name, moment), found in estimates.items():
-        record = {metric: estimate.interval(measure.confidence) for metric, estimate in found.items()}
-        curve = reliability_curve(boot, predictions[name, moment], outcomes.score, measure.ece_bins, measure.confidence)
-        records.setdefault(name, {})[moment] = record | {"reliability": curve}
+        record: dict[str, Any] = {metric: estimate.interval(own.confidence) for metric, estimate in found.items()}
+        record["reliability"] = calibration.reliability_curve(
+            boot, predictions[name, moment], score, bins, own.confidence
+        )
+        records.setdefault(name, {})[moment] = record
         if name != MAIN:
             main = estimates[MAIN, moment]
-            gaps = {metric: (main[metric] - found[metric]).interval(measure.confidence) for metric in COMPARED}
+            gaps = {metric: (main[metric] - found[metric]).interval(own.confidence) for metric in COMPARED}
             differences.setdefault(name, {})[moment] = gaps
     return records, differences
-
-
-@dataclass(frozen=True)
-class LengthReference:
-    """What training rollouts alone say about remaining length at each moment: best constant and commonest bin."""
-
-    constant: NDArray[np.float64]
-    majority_bin: NDArray[np.int64]
-
-    @classmethod
-    def fit(cls, remaining: NDArray[np.int64], grid: BinGrid) -> LengthReference:
-        """From the remaining lengths [n, M] of finished training rollouts."""
-        bins = grid.length_bin(remaining)
-        majority = [np.bincount(bins[:, k], minlength=grid.L).argmax() for k in range(bins.shape[1])]
-        return cls(np.median(remaining, axis=0), np.array(majority))
 
 
 def length_records(
     boot: Resampling,
     joint: JointDistribution,
     remaining: NDArray[np.int64],
-    reference: LengthReference,
+    trained: NDArray[np.int64],
     confidence: float,
 ) -> dict[str, Any]:
-    """One head's record under `length`; `joint` is [n, M, R·L] and `remaining` [n, M], finished rollouts only."""
-    marginal_bin = joint.length_marginal().argmax(-1)
-    median, low, high = joint.median_remaining(), joint.length_quantile(0.1), joint.length_quantile(0.9)
-    real_bin = joint.grid.length_bin(remaining)
+    """One head's record under `length`, of finished rollouts only.
+
+    `joint` is [n, M, R·L] and `remaining` [n, M]; `trained` [N, M] are the remaining lengths of the training rollouts, whose
+    best constant and commonest bin at each moment are what a prediction is compared with.
+    """
     records = {}
     for k, moment in enumerate(MOMENTS):
-        predicted = LengthPrediction(marginal_bin[:, k], median[:, k], low[:, k], high[:, k])
-        constant, majority = float(reference.constant[k]), int(reference.majority_bin[k])
-        found = length_metrics(boot, predicted, remaining[:, k], real_bin[:, k], constant, majority)
-        records[moment] = {name: estimate.interval(confidence) for name, estimate in found.items()}
-        records[moment] |= {"constant": constant, "curve": length_curve(median[:, k], remaining[:, k])}
+        predicted, real = JointDistribution(joint.grid, joint.probabilities[:, k]), remaining[:, k]
+        constant, majority = float(np.median(trained[:, k])), np.bincount(joint.grid.length_bin(trained[:, k])).argmax()
+        found = accuracy.length_metrics(boot, predicted, real, constant, int(majority))
+        record: dict[str, Any] = {name: estimate.interval(confidence) for name, estimate in found.items()}
+        curve = calibration.length_curve(predicted.median_remaining(), real)
+        records[moment] = record | {"constant": constant, "curve": curve}
     return records
-
-
-@dataclass(frozen=True)
-class ManyRollouts:
-    """Many rollouts of some prompts: prompt number and grid cell of each."""
-
-    group: NDArray[np.int64]
-    cell: NDArray[np.int64]
 
 
 def joint_record(
     predicted: JointDistribution,
-    many: ManyRollouts,
+    group: NDArray[np.int64],
+    cell: NDArray[np.int64],
     constant: NDArray[np.float64],
-    replicates: int,
+    own: Evaluate,
     seed: int,
-    confidence: float,
 ) -> dict[str, Any]:
-    """Total variation of the start joints [P, R·L] against the histograms of many rollouts, beside its floor."""
-    grid = predicted.grid
+    """Total variation of the start joints [P, R·L] against the histograms of many rollouts, beside its floor.
+
+    Of each of the many rollouts, `group` is the number of its prompt and `cell` where it lies on the grid.
+    """
     prompts = len(predicted.probabilities)
-    samples = np.bincount(many.group, minlength=prompts)
-    observed = empirical_joint(many.group, many.cell, prompts, grid.size)
-    seen = JointDistribution(grid, observed)
+    samples = np.bincount(group, minlength=prompts)
+    seen = JointDistribution(predicted.grid, calibration.empirical_joint(group, cell, prompts, predicted.grid.size))
     columns = {
-        "start_tv": total_variation(predicted.probabilities, observed),
-        "floor": sampling_floor(predicted.probabilities, samples, seed),
-        "constant_tv": total_variation(constant, observed),
-        "reward_tv": total_variation(predicted.reward_marginal(), seen.reward_marginal()),
-        "length_tv": total_variation(predicted.length_marginal(), seen.length_marginal()),
+        "start_tv": calibration.total_variation(predicted.probabilities, seen.probabilities),
+        "floor": calibration.sampling_floor(predicted.probabilities, samples, seed),
+        "constant_tv": calibration.total_variation(constant, seen.probabilities),
+        "reward_tv": calibration.total_variation(predicted.reward_marginal(), seen.reward_marginal()),
+        "length_tv": calibration.total_variation(predicted.length_marginal(), seen.length_marginal()),
     }
     columns["excess"] = columns["start_tv"] - columns["floor"]
-    boot = Resampling(np.arange(prompts), replicates, seed)
-    record: dict[str, Any] = {name: boot.ratio(values).interval(confidence) for name, values in columns.items()}
+    boot = Resampling(np.arange(prompts), own.bootstrap, seed)
+    record: dict[str, Any] = {name: boot.ratio(values).interval(own.confidence) for name, values in columns.items()}
     return record | {"prompts": prompts, "samples": rounded(samples.mean())}
 
 
-def policy_record(base: Outcomes, tuned: Outcomes, replicates: int, seed: int, confidence: float) -> dict[str, Any]:
+def policy_record(base: Outcomes, tuned: Outcomes, own: Evaluate, seed: int) -> dict[str, Any]:
     """pass@1 of the base and of the model with the head, on the prompts that both answered, paired."""
     names = sorted(set(base.prompt_ids.to_pylist()) & set(tuned.prompt_ids.to_pylist()))
     number = {name: i for i, name in enumerate(names)}
     columns = []
     for outcomes in (base, tuned):
-        of_prompt = np.array([number.get(p, -1) for p in outcomes.prompt_ids.to_pylist()])
-        group = of_prompt[outcomes.group]
+        group = np.array([number.get(p, -1) for p in outcomes.prompt_ids.to_pylist()])[outcomes.group]
         known = group >= 0
         columns += [np.bincount(group[known], w, len(names)) for w in (outcomes.score[known], np.ones(known.sum()))]
-    boot = Resampling(np.arange(len(names)), replicates, seed)
-    totals = boot.prompt_totals(np.stack(columns, -1))
-    before, after = (boot.quotient(lambda t, i=i: t[:, i] / t[:, i + 1], totals) for i in (0, 2))
-    return {
-        "base": before.interval(confidence),
-        "ziprc": after.interval(confidence),
-        "difference": (after - before).interval(confidence),
-        "prompts": len(names),
-    }
+    right, asked, right_after, asked_after = Resampling(np.arange(len(names)), own.bootstrap, seed).prompt_totals(
+        *columns
+    )
+    before, after = quotient(right, asked), quotient(right_after, asked_after)
+    found = {"base": before, "ziprc": after, "difference": after - before}
+    return {name: estimate.interval(own.confidence) for name, estimate in found.items()} | {"prompts": len(names)}
 
 
-@dataclass(frozen=True)
-class Target:
-    """A number that the `toy` scale has to reach; `at_least` says in which direction."""
-
-    name: str
-    bound: float
-    at_least: bool
-    result: Mapping[str, float | None]
-
-    def met(self) -> bool | None:
-        """None when it cannot be said."""
-        found = self.result["value"]
-        return None if found is None else bool(found >= self.bound if self.at_least else found <= self.bound)
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "target": self.bound,
-            "direction": "at least" if self.at_least else "at most",
-            "result": dict(self.result),
-            "met": self.met(),
-        }
-
-
-class NoLoss(Target):
-    """A difference that must not be below `bound`: missed when the whole interval is, undecided when it is too wide."""
-
-    def met(self) -> bool | None:
-        low, high = self.result["low"], self.result["high"]
-        if low is None or high is None:
-            return None
-        return False if high < self.bound else True if low >= self.bound - LOSS_MARGIN else None
+def no_loss(difference: Mapping[str, float | None]) -> bool | None:
+    """Whether nothing was lost: False when the whole interval lies below zero, None when it is too wide to say."""
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return None
+    return False if high < 0 else True if low >= -LOSS_MARGIN else None
 
 
 def headline(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The headline numbers against the targets of the `toy` scale; what is shown of them, `evaluate.targets` says."""
-    prediction, length = metrics["prediction"][MAIN], metrics["length"][MAIN]
+    prediction, length, loss = metrics["prediction"][MAIN], metrics["length"][MAIN], metrics["policy"]["difference"]
+    start, end = prediction["start"], prediction["end"]
     worst_ece = max((prediction[m]["ece"] for m in MOMENTS), key=lambda r: r["value"] or 0.0)
-    targets: Sequence[Target] = (
-        Target("AUROC of the expected score before the first token", 0.80, True, prediction["start"]["auroc"]),
-        Target("AUROC of the expected score at the end", 0.90, True, prediction["end"]["auroc"]),
-        Target("AUROC within a prompt at the end", 0.80, True, prediction["end"]["within_prompt_auroc"]),
-        Target("largest ECE over the moments", 0.04, False, worst_ece),
-        Target("median length: MAE below the best constant at the start", 0.20, True, length["start"]["mae_gain"]),
-        Target("KL drift, nats per token", 0.01, False, metrics["drift"]["kl"]),
-        NoLoss("pass@1 after minus before", 0.0, True, metrics["policy"]["difference"]),
-    )
-    return [target.record() for target in targets]
+    return [
+        target_record("AUROC of the expected score before the first token", 0.80, start["auroc"]),
+        target_record("AUROC of the expected score at the end", 0.90, end["auroc"]),
+        target_record("AUROC within a prompt at the end", 0.80, end["within_prompt_auroc"]),
+        target_record("largest ECE over the moments", 0.04, worst_ece, at_least=False),
+        target_record("median length: MAE below the best constant at the start", 0.20, length["start"]["mae_gain"]),
+        target_record("KL drift, nats per token", 0.01, metrics["drift"]["kl"], at_least=False),
+        target_record("pass@1 after minus before", 0.0, loss) | {"met": no_loss(loss)},
+    ]

@@ -9,6 +9,7 @@ paired over prompts. Shapes: N prompts, E episodes (N times the orders of the po
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ziprc.evaluation.bootstrap import Estimate, Resampling
+from ziprc.evaluation.bootstrap import Resampling
 from ziprc.sampling.controller import Budget, Controller
 from ziprc.sampling.families import Setting
-from ziprc.sampling.replay import Played, Pool, replay
+from ziprc.sampling.replay import Pool, replay
 
 Floats = NDArray[np.float64]
 SMALL_READING = 8  # signals; wider readings of a pool are kept one at a time
@@ -38,14 +39,6 @@ class Outcome:
     probability: Floats  # [E] of the answer given
     score: Floats  # [E]
 
-    @classmethod
-    def of(cls, name: str, played: Played) -> Outcome:
-        prompts = int(played.prompt.max()) + 1
-        count = np.bincount(played.prompt, minlength=prompts)
-        columns = (played.score, played.tokens, played.latency, played.samples)
-        means = [np.bincount(played.prompt, x, prompts) / count for x in columns]
-        return cls(name, *means, played.prompt, played.probability, played.score)
-
 
 @dataclass
 class Player:
@@ -57,40 +50,34 @@ class Player:
     _readings: dict[Any, NDArray[np.float32]] = field(default_factory=dict)
 
     def play(self, setting: Setting) -> Outcome:
-        controller = Controller(setting.policy, Budget(branches=self.branches, interval=setting.interval))
-        return Outcome.of(setting.name, replay(controller, self.pool, self._reading(setting), self.orders))
-
-    def _reading(self, setting: Setting) -> NDArray[np.float32]:
+        """The setting on every prompt, in every order."""
         policy = setting.policy
         own = getattr(policy, "sources", None) or (type(policy).__name__, getattr(policy, "calibration", None))
         key = (setting.window, own)
         if key not in self._readings:
             self._readings = {k: r for k, r in self._readings.items() if r.shape[1] <= SMALL_READING}
             self._readings[key] = policy.read(self.pool.smoothed(setting.window), self.pool.features)
-        return self._readings[key]
+        controller = Controller(policy, Budget(branches=self.branches, interval=setting.interval))
+        played = replay(controller, self.pool, self._readings[key], self.orders)
+        count = np.bincount(played.prompt)
+        columns = (played.score, played.tokens, played.latency, played.samples)
+        means = [np.bincount(played.prompt, x) / count for x in columns]
+        return Outcome(setting.name, *means, played.prompt, played.probability, played.score)
 
 
 def hull(tokens: Floats, accuracy: Floats) -> list[int]:
     """Indices of the points on the upper left hull, by rising tokens: no mixture of others is better and cheaper."""
-    kept: list[int] = []
+    x, y, kept = tokens, accuracy, []
     for i in np.lexsort((-accuracy, tokens)).tolist():
-        if kept and accuracy[i] <= accuracy[kept[-1]]:
+        if kept and y[i] <= y[kept[-1]]:
             continue
-        while len(kept) > 1 and _below(tokens, accuracy, kept[-2], kept[-1], i):
+        while len(kept) > 1:
+            a, b = kept[-2:]
+            if (y[b] - y[a]) * (x[i] - x[a]) > (y[i] - y[a]) * (x[b] - x[a]):
+                break  # b lies above the line from a to i
             kept.pop()
         kept.append(i)
     return kept
-
-
-def _below(x: Floats, y: Floats, a: int, b: int, c: int) -> bool:
-    """Whether point b lies on or below the line from a to c."""
-    return bool((y[b] - y[a]) * (x[c] - x[a]) <= (y[c] - y[a]) * (x[b] - x[a]))
-
-
-def kept_settings(outcomes: Sequence[Outcome]) -> list[int]:
-    """The settings on the hull of their mean tokens and accuracy."""
-    tokens, accuracy = (np.array([getattr(o, c).mean() for o in outcomes]) for c in ("tokens", "accuracy"))
-    return hull(tokens, accuracy)
 
 
 @dataclass(frozen=True)
@@ -122,70 +109,58 @@ class Family:
 
     def at(self, budget: float) -> Mixture | None:
         """The mixture that costs `budget` tokens per prompt; None when even the cheapest setting costs more."""
-        order = np.argsort([o.tokens.mean() for o in self.outcomes], kind="stable")
-        kept = [self.outcomes[i] for i in order]
-        cost = np.array([o.tokens.mean() for o in kept])
-        below = np.flatnonzero(cost <= budget * (1 + 1e-9))
-        if not len(below):
+        kept = sorted(self.outcomes, key=lambda o: o.tokens.mean())
+        cost = [float(o.tokens.mean()) for o in kept]
+        above = bisect.bisect_right(cost, budget * (1 + 1e-9))
+        if above == 0:
             return None
-        low = int(below[-1])
-        if low == len(kept) - 1:
-            return Mixture(kept[low], kept[low], 0.0)
-        return Mixture(kept[low], kept[low + 1], float((budget - cost[low]) / (cost[low + 1] - cost[low])))
+        if above == len(kept):
+            return Mixture(kept[-1], kept[-1], 0.0)
+        low = above - 1
+        return Mixture(kept[low], kept[above], (budget - cost[low]) / (cost[above] - cost[low]))
 
 
 def choose_and_play(name: str, settings: Sequence[Setting], validation: Player, test: Player) -> Family:
     """Settings that validation keeps, played on the test prompts."""
-    kept = [settings[i] for i in kept_settings([validation.play(s) for s in settings])]
+    tried = [validation.play(setting) for setting in settings]
+    tokens, accuracy = (np.array([getattr(o, c).mean() for o in tried]) for c in ("tokens", "accuracy"))
+    kept = [settings[i] for i in hull(tokens, accuracy)]
     return Family(name, kept, [test.play(s) for s in kept], len(settings))
 
 
-def compare(boot: Resampling, ours: Mixture, other: Mixture) -> Estimate:
-    """Accuracy of ours minus the other's, paired over prompts."""
-    return boot.ratio(ours.column("accuracy") - other.column("accuracy"))
-
-
 @dataclass(frozen=True)
-class Costs:
-    """Cost of one plain sample of each prompt, [N] each, for the normalised cost of the paper."""
+class Comparison:
+    """How families are compared: draws of the prompts, tokens per prompt by name of the budget, and the paper's cost.
 
-    tokens: Floats
+    The cost counts tokens (weight `alpha`) and serial steps (the rest) in units of one `plain` [N] sample of the same prompt.
+    """
+
+    boot: Resampling
+    budgets: Mapping[str, float]
+    plain: Floats
     alpha: float
+    confidence: float
 
-    def normalised(self, mixture: Mixture) -> Floats:
-        """[N] α · tokens + (1 - α) · serial steps, both in units of one sample of the same prompt."""
-        return (self.alpha * mixture.column("tokens") + (1 - self.alpha) * mixture.column("latency")) / self.tokens
+    def record(self, family: Family) -> dict[str, Any]:
+        """The points of one family at every budget it can keep to, and its kept settings as (tokens, accuracy)."""
+        points = {}
+        for key, tokens in self.budgets.items():
+            if mixture := family.at(tokens):
+                cost = self.alpha * mixture.column("tokens") + (1 - self.alpha) * mixture.column("latency")
+                points[key] = {
+                    "accuracy": self.boot.ratio(mixture.column("accuracy")).interval(self.confidence),
+                    **{name: float(mixture.column(name).mean()) for name in ("tokens", "latency", "samples")},
+                    "cost": float((cost / self.plain).mean()),
+                    "setting": mixture.likelier.name,
+                }
+        kept = [[o.name, float(o.tokens.mean()), float(o.accuracy.mean())] for o in family.outcomes]
+        return {"points": points, "kept": kept, "tried": family.tried}
 
-
-def point_record(boot: Resampling, mixture: Mixture, costs: Costs, confidence: float) -> dict[str, Any]:
-    """What a family shows at one budget."""
-    return {
-        "accuracy": boot.ratio(mixture.column("accuracy")).interval(confidence),
-        **{name: float(mixture.column(name).mean()) for name in ("tokens", "latency", "samples")},
-        "cost": float(costs.normalised(mixture).mean()),
-        "setting": mixture.likelier.name,
-    }
-
-
-def family_record(
-    boot: Resampling, family: Family, budgets: Mapping[str, float], costs: Costs, confidence: float
-) -> dict[str, Any]:
-    """The points of one family at every budget it can keep to, and its kept settings as (tokens, accuracy)."""
-    points = {key: family.at(tokens) for key, tokens in budgets.items()}
-    return {
-        "points": {k: point_record(boot, m, costs, confidence) for k, m in points.items() if m},
-        "kept": [[o.name, float(o.tokens.mean()), float(o.accuracy.mean())] for o in family.outcomes],
-        "tried": family.tried,
-    }
-
-
-def difference_records(
-    boot: Resampling, ours: Family, others: Sequence[Family], budgets: Mapping[str, float], confidence: float
-) -> dict[str, dict[str, Any]]:
-    """Accuracy of ours minus each other family, by budget."""
-    out: dict[str, dict[str, Any]] = {}
-    for key, tokens in budgets.items():
-        mine = ours.at(tokens)
-        rivals = {f.name: f.at(tokens) for f in others}
-        out[key] = {n: compare(boot, mine, r).interval(confidence) for n, r in rivals.items() if mine and r}
-    return out
+    def difference(self, ours: Family, others: Sequence[Family]) -> dict[str, dict[str, Any]]:
+        """Accuracy of ours minus each other family, paired over prompts, by budget that both can keep to."""
+        out: dict[str, dict[str, Any]] = {}
+        for key, tokens in self.budgets.items():
+            mine, rivals = ours.at(tokens), {f.name: f.at(tokens) for f in others}
+            gaps = {name: mine.column("accuracy") - r.column("accuracy") for name, r in rivals.items() if mine and r}
+            out[key] = {name: self.boot.ratio(gap).interval(self.confidence) for name, gap in gaps.items()}
+        return out

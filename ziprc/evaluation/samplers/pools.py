@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ziprc.errors import UserError
-from ziprc.evaluation.outcomes import column, join_outcomes, response_lengths
+from ziprc.evaluation.outcomes import join_outcomes, response_lengths
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.head import read_joint_head
 from ziprc.reading.recorded import read_all
 from ziprc.sampling.replay import Pool, track
 from ziprc.tables.grades import GRADES
 from ziprc.tables.prompts import PROMPTS
-from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 from ziprc.tasks.base import Task, get_task
 
 NO_STYLE = -1.0
@@ -44,19 +45,19 @@ def read_pool(reads: Mapping[str, Path], split: str, task: str) -> RecordedPool:
     rollouts = rollouts.sort_by([("prompt_id", "ascending"), ("sample_index", "ascending")])
     grades = reads[f"{split}/grades"]
     outcomes = join_outcomes(rollouts, GRADES.read(grades), str(grades))
-    samples = int(column(rollouts, "sample_index").max()) + 1
-    kept = rollouts.take(pa.array(_whole_prompts(outcomes.rows, rollouts.num_rows, samples)))
+    samples = int(rollouts["sample_index"].to_numpy().max()) + 1
+    score = np.full(rollouts.num_rows, np.nan)
+    score[outcomes.rows] = outcomes.score
+    whole = np.repeat(np.isfinite(score.reshape(-1, samples)).all(-1), samples)  # rows are sorted by prompt
+    kept, score = rollouts.filter(pa.array(whole)), score[whole]
     if not kept.num_rows:
         raise UserError(
             f"{grades}: no prompt has a score for each of its {samples} rollouts. Look at the status column."
         )
-    score = np.full(rollouts.num_rows, np.nan)
-    score[outcomes.rows] = outcomes.score
-    score = score[_whole_prompts(outcomes.rows, rollouts.num_rows, samples)]
     grid = read_joint_head(reads["checkpoint"]).grid
     length = response_lengths(kept)
     found = read_all(reads[f"{split}/introspection"], kept["rollout_id"].combine_chunks(), length, grid.size)
-    finished = np.asarray([r == "stop" for r in kept["finish_reason"].to_pylist()])
+    finished = np.asarray(pc.equal(kept["finish_reason"], FinishReason.STOP.value))
     answer, style, styles = _texts(get_task(task), kept, finished)
     before = np.concatenate([[0.0], found.log_prob[:-1]]).astype(np.float32)
     before[found.start] = 0.0  # the reading of a state knows the token before it
@@ -75,13 +76,6 @@ def read_pool(reads: Mapping[str, Path], split: str, task: str) -> RecordedPool:
         features=np.concatenate([seen, np.repeat(style, length)[:, None]], -1),
     )
     return RecordedPool(pool, grid, prompt_ids, np.array([cell[p] for p in prompt_ids]), styles)
-
-
-def _whole_prompts(graded: NDArray[np.int64], rows: int, samples: int) -> NDArray[np.int64]:
-    """Rows of the prompts all of whose rollouts are graded; rows are sorted by prompt."""
-    known = np.zeros(rows, bool)
-    known[graded] = True
-    return np.flatnonzero(np.repeat(known.reshape(-1, samples).all(-1), samples))
 
 
 def _texts(
