@@ -42,10 +42,20 @@ from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 from ziprc.tables.samples import SAMPLES
 from ziprc.tables.values import VALUES
+from ziprc.training.objectives.joint import Reference
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 8, 16, 32, 64))
 ROWS = 320
+
+
+def kl_inputs(
+    P: int, V: int, D: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, Reference]:
+    """Random states [P, D] and output matrix [V, D], which want gradients, and a reference with its own."""
+    rng = torch.Generator().manual_seed(seed)
+    h, W, h_ref, W_ref = (scale * torch.randn(n, D, generator=rng, dtype=dtype) for n in (P, V, P, V))
+    return h.requires_grad_(), W.requires_grad_(), Reference(h_ref, W_ref)
 
 
 @dataclass(frozen=True)

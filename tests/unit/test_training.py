@@ -27,6 +27,7 @@ from ziprc.config.load import Config, load
 from ziprc.config.zip_rc import Head
 from ziprc.errors import UserError
 from ziprc.integrations.fetch import fetch_experiment
+from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import JointHead, read_joint_head, read_manifest
 from ziprc.joint.hub import local_model
@@ -48,11 +49,12 @@ from ziprc.training.optimizers import Muon, make_optimizer, orthogonalised, sche
 from ziprc.training.order import BatchOrder, MicroBatches, order_by_count, order_by_tokens
 from ziprc.training.resume import COMPLETE, OWNER, _digests, claim, forget_states, last_complete_state, state_folder
 from ziprc.training.scratch import build_tokenizer
-from ziprc.training.trainees import JointTrainee, SliceHead, Trainee, freeze, joint_trainee, labelled
+from ziprc.training.trainees import JointTrainee, SliceHead, Trainee, has_kl, joint_trainee, labelled
 from ziprc.training.trainer import fit
 
 HERE = Path(__file__)
 SETTINGS = Optimisation(optimizer="muon", learning_rate=3e-3, adamw_learning_rate=1e-3, warmup=0.25)
+HEAD_GRID = BinGrid((0.0, 1.0), (0, 256, 512, 1024, 2048, 4096, 8192))
 ZIPRC_PRESET = {"label": "value", "kl": 10.0, "reward_centres": [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1]}
 
 
@@ -70,33 +72,19 @@ def rollouts_table(finish: list[str], responses: list[list[int]], prompt: list[i
 
 
 def grades_table(scores: list[tuple[float | None, str]]) -> pa.Table:
-    rows = [
-        {
-            "rollout_id": f"r{i}",
-            "grader": "g",
-            "score": s,
-            "status": status,
-            "extracted_answer": None,
-            "rationale": None,
-        }
-        for i, (s, status) in enumerate(scores)
-    ]
-    return GRADES.make(rows)
+    empty = {"grader": "g", "extracted_answer": None, "rationale": None}
+    return GRADES.make(
+        [{"rollout_id": f"r{i}", "score": s, "status": status, **empty} for i, (s, status) in enumerate(scores)]
+    )
 
 
 def one_rollout(m: int, finish: str = "stop", **head: Any) -> dict[str, torch.Tensor]:
     data = rollout_data(
         rollouts_table([finish], [list(range(m))]),
         grades_table([(1.0, "graded")] if finish == "stop" else [(None, "unfinished")]),
-        Head(**{"max_length": 10**6, **head}), head_grid(), "train_joint",
+        Head(**{"max_length": 10**6, **head}), HEAD_GRID, "train_joint",
     )  # fmt: skip
     return data.batch(np.array([0]))
-
-
-def head_grid() -> Any:
-    from ziprc.joint.bins import BinGrid
-
-    return BinGrid((0.0, 1.0), (0, 256, 512, 1024, 2048, 4096, 8192))
 
 
 def test_the_stop_token_counts_as_remaining_unless_the_legacy_switch_is_on() -> None:
@@ -133,11 +121,11 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted() -> None:
     finish = ["stop", "abort", "stop", "length", "stop", "stop"]
     grades = [(1.0, "graded"), (None, "error"), (None, "unparseable"), (None, "unfinished"), (0.0, "graded")]
     table, labels = rollouts_table(finish, [[5]] * 6), grades_table(grades)
-    data = rollout_data(table, labels, Head(unfinished="drop"), head_grid(), "train_joint")
-    assert data.sequences.names == ["r0", "r4"] and data.reward_bin.tolist() == [1, 0]
+    data = rollout_data(table, labels, Head(unfinished="drop"), HEAD_GRID, "train_joint")
+    assert data.names == ["r0", "r4"] and data.reward_bin.tolist() == [1, 0]
     assert data.dropped == {"without a label": 1, "aborted": 1, "ungraded": 1, "unfinished": 1}
-    thinking = rollout_data(table, labels, Head(), head_grid(), "train_joint", thinking_only=True)
-    assert thinking.sequences.names == ["r0", "r4"]
+    thinking = rollout_data(table, labels, Head(), HEAD_GRID, "train_joint", thinking_only=True)
+    assert thinking.names == ["r0", "r4"]
 
 
 def test_labels_of_two_graders_are_refused() -> None:
@@ -150,7 +138,7 @@ def test_values_are_joined_by_rollout_and_not_by_row() -> None:
     values = [{"rollout_id": f"r{i}", "critic": "c", "fold": 0, "value": v} for i, v in ((2, 0.9), (0, 0.1), (1, 0.6))]
     data = rollout_data(
         rollouts_table(["stop", "stop", "length"], [[7], [8], [9]]), VALUES.make(values), Head(label="value"),
-        head_grid(), "train_joint",
+        HEAD_GRID, "train_joint",
     )  # fmt: skip
     assert data.reward_bin.tolist() == [0, 1, 0]  # the capped one counts as zero
 
@@ -181,9 +169,8 @@ def test_every_sequence_is_seen_once_per_epoch_in_steps_of_one_size() -> None:
 
 def test_a_step_holds_the_same_rollouts_on_any_number_of_devices() -> None:
     lengths = np.random.default_rng(0).integers(5, 100, 64)
-    one, four = (
-        order_by_count(lengths, 16, micro, world, 1.5, -1, 3, "train_joint") for micro, world in ((16, 1), (2, 4))
-    )
+    cases = ((16, 1), (2, 4))
+    one, four = (order_by_count(lengths, 16, micro, world, 1.5, -1, 3, "train_joint") for micro, world in cases)
 
     def steps(order: BatchOrder) -> list[list[int]]:
         starts = range(0, len(order.micro_batches), order.slots)
@@ -282,24 +269,33 @@ def tiny_joint() -> JointHead:
     return JointHead(VocabLayout(ROWS, 261, 261, GRID.size), GRID)
 
 
-def tiny_data(count: int = 24, censored: bool = True) -> RolloutData:
+def tiny_data(count: int = 24) -> RolloutData:
     rng = np.random.default_rng(0)
     table = rollouts_table(["stop"] * count, [rng.integers(0, 250, rng.integers(2, 30)).tolist() for _ in range(count)])
-    return rollout_data(
-        table, grades_table([(float(i % 2), "graded") for i in range(count)]), Head(), GRID, "train_joint"
-    )
+    grades = grades_table([(float(i % 2), "graded") for i in range(count)])
+    return rollout_data(table, grades, Head(), GRID, "train_joint")
 
 
-def tiny_run(
-    folder: Path, steps: int = 8, save: int = 100, trainable: str = "all", world: int = 1, micro: int = 3
-) -> Any:
-    head = Head(kl=1.0, trainable=trainable, epochs=steps * 6 / 24, batch_size=6)
-    data = tiny_data()
-    order = order_by_count(data.input_lengths(), 6, micro, world, head.epochs, -1, 0, "train_joint")
-    reference = freeze(tiny_model(tiny_tokenizer())) if trainable == "all" else None
-    trainee = joint_trainee(tiny_model(tiny_tokenizer()), tiny_joint(), head, 16, reference)
-    runtime = Runtime(save_steps=save, position_chunk=16)
-    return trainee, fit(trainee, MicroBatches(data, order), SETTINGS, runtime, folder, 1, "train_joint")
+def tiny_trainee(model: Any = None, **head: Any) -> Trainee:
+    """A joint head on a tiny model; by default every weight is trained, and held to what it was."""
+    settings = Head(**{"kl": 1.0, **head})
+    reference = tiny_model(tiny_tokenizer()).requires_grad_(False) if has_kl(settings) else None
+    return joint_trainee(model or tiny_model(tiny_tokenizer()), tiny_joint(), settings, 16, reference)
+
+
+def tiny_fit(
+    trainee: Trainee, folder: Path, data: Any = None, micro: int = 6, epochs: float = 1.0, world: int = 1,
+    settings: Optimisation = SETTINGS, **runtime: Any,
+) -> Any:  # fmt: skip
+    """Steps of 6 rollouts (or units of other data), 4 an epoch."""
+    data = data or tiny_data()
+    order = order_by_count(data.input_lengths(), 6, micro, world, epochs, -1, 0, "train_joint")
+    return fit(trainee, MicroBatches(data, order), settings, Runtime(**runtime), folder, 1, "train_joint")
+
+
+def tiny_run(folder: Path, steps: int = 8, save: int = 100, world: int = 1, micro: int = 3) -> Any:
+    trainee = tiny_trainee()
+    return trainee, tiny_fit(trainee, folder, None, micro, steps / 4, world, save_steps=save)
 
 
 def weights(trainee: Any) -> dict[str, torch.Tensor]:
@@ -457,19 +453,17 @@ class PairTrainee(Trainee):
 
 def test_data_of_any_shape_can_be_trained_on_and_says_its_own_count(tmp_path: Path) -> None:
     data = Pairs(12)
-    order = order_by_count(data.input_lengths(), 6, 2, 1, 10, -1, 0, "train_policy")
     trainee = PairTrainee(tiny_model(tiny_tokenizer()))
     model = trainee.model.base_model
     with torch.no_grad():
         before = float(trainee.loss(data.batch(np.arange(12))).total) / 12
-    outcome = fit(trainee, MicroBatches(data, order), SETTINGS, Runtime(), tmp_path / "a" / "x", 1, "train_policy")
+    outcome = tiny_fit(trainee, tmp_path / "a" / "x", data, micro=2, epochs=10)
     assert model is trainee.model.base_model and outcome.steps == 20
     assert outcome.parts["kept"] == 1 and outcome.parts["loss"] < before
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_non_finite_step_is_not_taken_and_names_its_rollouts(tmp_path: Path, what: str) -> None:
-    data = tiny_data()
     model = tiny_model(tiny_tokenizer())
     with torch.no_grad():
         if what == "loss":
@@ -477,10 +471,8 @@ def test_a_non_finite_step_is_not_taken_and_names_its_rollouts(tmp_path: Path, w
         else:
             model.get_parameter("model.norm.weight").register_hook(lambda g: g * torch.inf)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    trainee = joint_trainee(model, tiny_joint(), Head(), 16, None)
-    order = order_by_count(data.input_lengths(), 6, 3, 1, 1.0, -1, 0, "train_joint")
     with pytest.raises(UserError, match=rf"The {what} is not finite at step 1 of 4.*r\d+, r\d+"):
-        fit(trainee, MicroBatches(data, order), SETTINGS, Runtime(), tmp_path / "a" / "x", 1, "train_joint")
+        tiny_fit(tiny_trainee(model, kl=0.0), tmp_path / "a" / "x", micro=3)
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
 
 
@@ -580,15 +572,10 @@ def test_padding_does_not_reach_a_labelled_state() -> None:
 def test_a_slice_only_head_leaves_every_text_logit_bit_identical(tmp_path: Path, tied: bool) -> None:
     torch.set_num_threads(1)
     base, model = (tiny_model(tiny_tokenizer(), tied=tied) for _ in range(2))
-    data = tiny_data()
-    trainee = joint_trainee(model, tiny_joint(), Head(trainable="slice", kl=5.0), 16, None)
-    assert isinstance(trainee, SliceHead) and [n for n, p in trainee.named_parameters() if p.requires_grad] == [
-        "slice_weight"
-    ]
-    order = order_by_count(data.input_lengths(), 6, 6, 1, 2.0, -1, 0, "train_joint")
-    fit(
-        trainee, MicroBatches(data, order), Optimisation(learning_rate=1e-2), Runtime(), tmp_path / "a" / "x", 0, "lite"
-    )
+    trainee = tiny_trainee(model, trainable="slice", kl=5.0)
+    trained = [name for name, parameter in trainee.named_parameters() if parameter.requires_grad]
+    assert isinstance(trainee, SliceHead) and trained == ["slice_weight"]
+    tiny_fit(trainee, tmp_path / "a" / "x", epochs=2.0, settings=Optimisation(learning_rate=1e-2))
     merged = trainee.merged()
     rows = tiny_joint().layout.joint_slice
     text = [v for v in range(ROWS) if not rows.start <= v < rows.stop]
@@ -605,14 +592,8 @@ def test_bf16_autocast_trains_float32_weights_and_says_where_it_is_emulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ziprc.training.trainer.native_bfloat16", lambda: False)
-    data = tiny_data()
-    trainee = joint_trainee(
-        tiny_model(tiny_tokenizer()), tiny_joint(), Head(kl=1.0), 16, freeze(tiny_model(tiny_tokenizer()))
-    )
-    order = order_by_count(data.input_lengths(), 6, 6, 1, 1.0, -1, 0, "train_joint")
-    outcome = fit(
-        trainee, MicroBatches(data, order), SETTINGS, Runtime(bf16=True), tmp_path / "a" / "x", 0, "train_joint"
-    )
+    trainee = tiny_trainee()
+    outcome = tiny_fit(trainee, tmp_path / "a" / "x", bf16=True)
     assert outcome.parts["loss"] < 10 and {p.dtype for p in trainee.parameters()} == {torch.float32}
     assert isinstance(trainee, JointTrainee)
     assert torch.cuda.is_available() or "without bf16 instructions" in capsys.readouterr().err

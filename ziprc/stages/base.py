@@ -8,7 +8,6 @@ nothing downstream knows that it is small. Otherwise the model is a local folder
 from __future__ import annotations
 
 import shutil
-from typing import Any
 
 from ziprc.errors import UserError
 from ziprc.joint.hub import MODEL_FILES, check_model, commit_of, local_model
@@ -27,54 +26,48 @@ from ziprc.training.trainer import train
 SCRATCH = "scratch"
 
 
-def run(context: Context) -> str:
-    return from_scratch(context) if context.config.base.model == SCRATCH else fetch(context)
-
-
 def from_scratch(context: Context) -> str:
     """Train the small model on the task's traces; returns the closing line."""
-    config, target = context.config, context.target
-    settings, runtime, seed = config.base, config.runtime, derived_seed(config.seed, "base")
+    config, settings, seed = context.config, context.config.base, derived_seed(context.config.seed, "base")
     task = get_task(config.prompts.task)
     if not isinstance(task, TeachingTask):
         raise UserError(
             f"Task '{config.prompts.task}' has no traces to learn from, so base.model cannot be '{SCRATCH}'."
         )
-    record = {
-        "objective": "language",
-        "params": context.params,
-        "base": {"model": SCRATCH},
-        "parents": {},
-        "seed": seed,
-    }
-
     tokenizer = build_tokenizer(task.vocabulary_corpus(), settings.architecture)
     data = traces_for(settings.tokens, task, config.prompts.settings, tokenizer, seed)
-    order = order_by_tokens(data.sequences.lengths, settings.batch_tokens, settings.tokens, world_size(), seed)
+    order = order_by_tokens(data.lengths, settings.batch_tokens, settings.tokens, world_size(), seed)
 
     def fresh() -> LanguageTrainee:
         return LanguageTrainee(build_model(settings.architecture, tokenizer, seed))
 
-    done = train(target, record, fresh(), fresh, MicroBatches(data, order), settings, runtime, "base", tokenizer)
-    return f"trained a base model on {len(data.sequences)} traces, {done}"
+    base = {"model": SCRATCH}
+    record = {"objective": "language", "params": context.params, "base": base, "parents": {}, "seed": seed}
+    batches = MicroBatches(data, order)
+    done = train(context.target, record, fresh(), fresh, batches, settings, config.runtime, "base", tokenizer)
+    return f"trained a base model on {len(data)} traces, {done}"
 
 
 def fetch(context: Context) -> str:
     """Copy a local or Hub model into the experiment; returns the closing line."""
-    settings, target = context.config.base, context.target
     if not is_main_process():
         return ""
+    settings = context.config.base
     source = local_model(settings.model, settings.revision, "base.model", download=True)
     check_model(source, settings.model, "base.model")
     base = {"model": settings.model, "revision": settings.revision, "commit": commit_of(source)}
-    record: dict[str, Any] = {"objective": "fetched", "params": context.params, "base": base, "parents": {}}
+    record = {"objective": "fetched", "params": context.params, "base": base, "parents": {}}
     names = {path.name for pattern in MODEL_FILES for path in source.glob(pattern)} - {CHECKPOINT_MANIFEST}
-    with atomic_folder(target) as private:
+    with atomic_folder(context.target) as private:
         for name in sorted(names):
             shutil.copy2(source / name, private / name)  # files of the cache are links: their contents
         files = {p.name: digest_file(p) for p in sorted(private.iterdir())}
         write_sealed(private / CHECKPOINT_MANIFEST, {**record, "files": files})
-    return f"copied {settings.model} ({len(files)} files) to {target}"
+    return f"copied {settings.model} ({len(files)} files) to {context.target}"
+
+
+def run(context: Context) -> str:
+    return from_scratch(context) if context.config.base.model == SCRATCH else fetch(context)
 
 
 if __name__ == "__main__":

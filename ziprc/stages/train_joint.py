@@ -19,14 +19,13 @@ from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import manifest_digests
-from ziprc.tables.check import TEXT
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
-from ziprc.training.data import RolloutData, prompt_fold, rollout_data
+from ziprc.training.data import prompt_fold, rollout_data
 from ziprc.training.order import MicroBatches, order_by_count
 from ziprc.training.resume import world_size
-from ziprc.training.trainees import Trainee, freeze, has_kl, joint_trainee
+from ziprc.training.trainees import Trainee, has_kl, joint_trainee
 from ziprc.training.trainer import train
 
 
@@ -34,13 +33,12 @@ def outside_fold(rollouts: pa.Table, fold: tuple[int, int] | None) -> pa.Table:
     """The rollouts whose prompt is not in the fold (number, of how many); all where there is none."""
     if fold is None:
         return rollouts
-    prompts = rollouts["prompt_id"].unique().to_pylist()
-    wanted = pa.array([p for p in prompts if prompt_fold(p, fold[1]) != fold[0]], TEXT)
-    return rollouts.filter(pa.compute.is_in(rollouts["prompt_id"], value_set=wanted))
+    outside = [prompt_fold(prompt, fold[1]) != fold[0] for prompt in rollouts["prompt_id"].to_pylist()]
+    return rollouts.filter(pa.array(outside, pa.bool_()))
 
 
 def run(context: Context) -> str:
-    config, name, of, target, sources = context.config, context.name, context.variant, context.target, context.reads
+    config, name, of, sources = context.config, context.name, context.variant, context.reads
     section, head, runtime = config.train_joint, getattr(config.train_joint, of.key), config.runtime
     base, labels = sources["base"], of.labels.stage
     seed = derived_seed(config.seed, "train_joint", name)
@@ -60,35 +58,26 @@ def run(context: Context) -> str:
     reference = None
     if has_kl(head):
         half = runtime.bf16 and torch.cuda.is_available()
-        reference = freeze(load_model(base, torch.bfloat16 if half else torch.float32))
+        reference = load_model(base, torch.bfloat16 if half else torch.float32).requires_grad_(False)
 
     def trainee(model: PreTrainedModel) -> Trainee:
         return joint_trainee(model, joint, head, runtime.position_chunk, reference)
 
     record = {
-        "objective": "joint",
-        "params": context.params,
-        "base": read_manifest(base).get("base"),
-        "parents": manifest_digests(sources),
-        "seed": seed,
-    }
-    announce(name, data)
-    done = train(
-        target, record, trainee(model), lambda: trainee(load_model(base)), MicroBatches(data, order), head, runtime,
-        "train_joint", tokenizer, joint, AutoConfig.from_pretrained(base).dtype or torch.float32,
-    )  # fmt: skip
-    return f"{name} trained on {len(data.sequences)} rollouts, {done}"
-
-
-def announce(name: str, data: RolloutData) -> None:
-    """One line on what is trained on and what was left out."""
+        "objective": "joint", "params": context.params, "base": read_manifest(base).get("base"),
+        "parents": manifest_digests(sources), "seed": seed,
+    }  # fmt: skip
     if is_main_process():
         left_out = ", ".join(f"{count} {why}" for why, count in data.dropped.items()) or "none"
-        censored = int(data.censored.sum())
         print(
-            f"{name}: {len(data.sequences)} rollouts, {censored} of them censored; left out: {left_out}",
+            f"{name}: {len(data)} rollouts, {data.censored.sum()} of them censored; left out: {left_out}",
             file=sys.stderr,
         )
+    done = train(
+        context.target, record, trainee(model), lambda: trainee(load_model(base)), MicroBatches(data, order), head,
+        runtime, "train_joint", tokenizer, joint, AutoConfig.from_pretrained(base).dtype or torch.float32,
+    )  # fmt: skip
+    return f"{name} trained on {len(data)} rollouts, {done}"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ B rollouts of a micro-batch, T time, P labelled states.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,14 +31,10 @@ from ziprc.training.objectives.joint import ANY_REWARD
 class TrainingData(Protocol):
     """What can be trained on: units (a rollout, a pair, a pack of several), known by their number."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """What the units are called in error messages."""
-        ...
+    names: Sequence[str]  # of the units, for error messages
 
     def input_lengths(self) -> NDArray[np.int64]:
         """Tokens of each unit that go through the model."""
-        ...
 
     def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """The picked units as what the trainee's `forward` takes, padded.
@@ -47,12 +42,16 @@ class TrainingData(Protocol):
         Besides, `attention_mask` says what is no padding, and `count`, a scalar, how many supervised positions there are:
         the sums of the loss are divided by the count of the global batch.
         """
-        ...
 
 
 def prompt_fold(prompt_id: str, folds: int) -> int:
     """The fold of a prompt for cross-fitting: a stable hash of its id, so that it never depends on row order."""
     return derived_seed("fold", prompt_id) % folds
+
+
+def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0 … c−1 for every count c, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,28 @@ class Sequences:
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
 
-    @property
-    def response_lengths(self) -> NDArray[np.int64]:
-        return self.lengths - self.prompt_lengths
+    def input_lengths(self) -> NDArray[np.int64]:
+        """The last token is not an input: no state after it is labelled."""
+        return self.lengths - 1
 
+    def labels(self, picked: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """What each of the first `counts` states of the picked sequences is to learn, [P] each."""
+        raise NotImplementedError
 
-def sequences_from_lists(
-    names: Sequence[str], prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> Sequences:
-    """Flatten Python lists of ids."""
-    whole = [np.asarray([*p, *r], dtype=np.int32) for p, r in zip(prompts, responses, strict=True)]
-    offsets = np.concatenate([[0], np.cumsum([len(w) for w in whole], dtype=np.int64)])
-    return Sequences(names, np.concatenate(whole), offsets, np.asarray([len(p) for p in prompts], dtype=np.int64))
+    def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask [B, T], padded on the right; the labelled states, as positions in [B·T]; labels."""
+        inputs, first = self.input_lengths()[picked], self.prompt_lengths[picked] - 1
+        counts = inputs - first  # labelled states: the last of the prompt, and all of the response that are inputs
+        width, rows, columns = inputs.max(), np.arange(len(picked)), within(inputs)
+        ids = np.zeros((len(picked), width), dtype=np.int64)
+        ids[np.repeat(rows, inputs), columns] = self.tokens[np.repeat(self.offsets[picked], inputs) + columns]
+        batch = {
+            "input_ids": ids,
+            "attention_mask": (np.arange(width) < inputs[:, None]).astype(np.int64),
+            "positions": np.repeat(rows * width + first, counts) + within(counts),
+            "count": counts.sum(),
+        }
+        return {name: torch.as_tensor(value) for name, value in (batch | self.labels(picked, counts)).items()}
 
 
 def sequences_from_table(rollouts: pa.Table) -> Sequences:
@@ -96,88 +105,32 @@ def sequences_from_table(rollouts: pa.Table) -> Sequences:
     return Sequences(rollouts["rollout_id"].to_pylist(), tokens, offsets, lengths[0])
 
 
-def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0 … c−1 for every count c, one after the other."""
-    starts = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) - np.repeat(starts, counts)
-
-
-def padded(
-    sequences: Sequences, picked: NDArray[np.int64], lengths: NDArray[np.int64], pad_id: int
-) -> dict[str, torch.Tensor]:
-    """The first `lengths` tokens of the picked sequences, right-padded: input_ids and attention_mask, [B, T]."""
-    ids = np.full((len(picked), int(lengths.max())), pad_id, dtype=np.int64)
-    rows, columns = np.repeat(np.arange(len(picked)), lengths), within(lengths)
-    ids[rows, columns] = sequences.tokens[np.repeat(sequences.offsets[picked], lengths) + columns]
-    mask = np.arange(ids.shape[1]) < lengths[:, None]
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
-
-
-@dataclass(frozen=True)
-class TextData:
+class TextData(Sequences):
     """For language modelling: every response token is a target."""
 
-    sequences: Sequences
-    pad_id: int
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.sequences.names
-
-    def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        own = self.sequences
-        inputs = own.lengths[picked] - 1
-        counts = own.response_lengths[picked]
-        first = own.prompt_lengths[picked] - 1
-        batch = padded(own, picked, inputs, self.pad_id)
-        columns = np.repeat(first, counts) + within(counts)
-        targets = own.tokens[np.repeat(own.offsets[picked], counts) + columns + 1].astype(np.int64)
-        return batch | {
-            "positions": torch.from_numpy(np.repeat(np.arange(len(picked)), counts) * int(inputs.max()) + columns),
-            "targets": torch.from_numpy(targets),
-            "count": torch.tensor(len(targets)),
-        }
-
-    def input_lengths(self) -> NDArray[np.int64]:
-        return self.sequences.lengths - 1
+    def labels(self, picked: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        starts = self.offsets[picked] + self.prompt_lengths[picked]
+        return {"targets": self.tokens[np.repeat(starts, counts) + within(counts)].astype(np.int64)}
 
 
 @dataclass(frozen=True)
-class RolloutData:
+class RolloutData(Sequences):
     """For the joint head: at every labelled state a reward bin, a length bin, and whether the length is censored."""
 
-    sequences: Sequences
     reward_bin: NDArray[np.int64]
     censored: NDArray[np.bool_]
     grid: BinGrid
-    max_length: int
-    legacy_off_by_one: bool = False
-    pad_id: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.sequences.names
+    head: Head
+    dropped: dict[str, int]  # rollouts that were left out, by reason
 
     def input_lengths(self) -> NDArray[np.int64]:
-        """The last token is not an input: no state after it is labelled."""
-        return np.minimum(self.sequences.lengths - 1, self.max_length)
+        return np.minimum(self.lengths - 1, self.head.max_length)
 
-    def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        own = self.sequences
-        inputs = self.input_lengths()[picked]
-        first = own.prompt_lengths[picked] - 1
-        counts = np.minimum(own.response_lengths[picked], inputs - first)  # states left after the cut
-        j = within(counts)
-        remaining = np.repeat(own.response_lengths[picked], counts) - j - int(self.legacy_off_by_one)
-        batch = padded(own, picked, inputs, self.pad_id)
-        return batch | {
-            "positions": torch.from_numpy(np.repeat(np.arange(len(picked)) * int(inputs.max()) + first, counts) + j),
-            "reward_bin": torch.from_numpy(np.repeat(self.reward_bin[picked], counts)),
-            "length_bin": torch.from_numpy(self.grid.length_bin(remaining)),
-            "censored": torch.from_numpy(np.repeat(self.censored[picked], counts)),
-            "count": torch.tensor(counts.sum()),
-        }
+    def labels(self, picked: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        responses = (self.lengths - self.prompt_lengths)[picked]
+        remaining = np.repeat(responses, counts) - within(counts) - int(self.head.legacy_off_by_one)
+        reward_bin, censored = (np.repeat(of[picked], counts) for of in (self.reward_bin, self.censored))
+        return {"reward_bin": reward_bin, "length_bin": self.grid.length_bin(remaining), "censored": censored}
 
 
 def rollout_data(
@@ -191,44 +144,35 @@ def rollout_data(
     """
     one_a_rollout(labels, "The labels")
     row = pc.index_in(rollouts["rollout_id"], value_set=labels["rollout_id"].combine_chunks())
-    labelled = row.is_valid().to_numpy()
-    row = row.fill_null(0).to_numpy() if len(labels) else np.zeros(len(rollouts), dtype=np.int64)
+    label = labels[head.label].take(row).fill_null(0.0).to_numpy()
     finish = rollouts["finish_reason"].to_numpy()
-    capped = finish == FinishReason.LENGTH
+    capped = unfinished = finish == FinishReason.LENGTH
+    ungraded = np.zeros(len(rollouts), dtype=bool)
     if head.label == "score":
-        status = _taken(labels["status"], row)
+        status = labels["status"].take(row).to_numpy()
         unfinished = capped | (status == GradeStatus.UNFINISHED)
         ungraded = ~unfinished & (status != GradeStatus.GRADED)
-        label = _taken(labels["score"].fill_null(0.0), row)
-    else:
-        unfinished, ungraded = capped, np.zeros(len(rollouts), dtype=bool)
-        label = _taken(labels["value"], row)
-    prompt_lengths = pc.list_value_length(rollouts["prompt_token_ids"]).to_numpy()
     reasons = {
         "without thinking": ~rollouts["thinking"].to_numpy() & thinking_only,
-        "without a label": ~labelled,
+        "without a label": row.is_null().to_numpy(),
         "aborted": finish == FinishReason.ABORT,
         "ungraded": ungraded,
         "unfinished": unfinished & (head.unfinished == "drop"),
-        "prompt beyond max_length": prompt_lengths > head.max_length,
+        "prompt beyond max_length": pc.list_value_length(rollouts["prompt_token_ids"]).to_numpy() > head.max_length,
     }
-    kept, dropped = np.ones(len(rollouts), dtype=bool), Counter[str]()
+    kept, dropped = np.ones(len(rollouts), dtype=bool), {}
     for why, out in reasons.items():
-        dropped[why] = int((kept & out).sum())
+        if count := int((kept & out).sum()):
+            dropped[why] = count
         kept &= ~out
-    counted = {why: n for why, n in dropped.items() if n}
     if not kept.any():
         raise UserError(
-            f"No rollout is left to train on: of {len(rollouts)}, left out {counted or 'none'}. Check "
+            f"No rollout is left to train on: of {len(rollouts)}, left out {dropped or 'none'}. Check "
             f"{section}'s thinking_only, unfinished and max_length, and the grades."
         )
     reward = grid.reward_bin(np.where(unfinished & (head.unfinished != "drop"), 0.0, label)[kept])
     if head.unfinished == "ignore":
         reward = np.where(unfinished[kept], ANY_REWARD, reward)
     censored = capped[kept] & (head.censored == "survival")
-    sequences = sequences_from_table(rollouts.filter(pa.array(kept)))
-    return RolloutData(sequences, reward, censored, grid, head.max_length, head.legacy_off_by_one, dropped=counted)
-
-
-def _taken(column: pa.ChunkedArray, row: NDArray[np.int64]) -> NDArray[Any]:
-    return column.to_numpy()[row] if len(column) else np.zeros(len(row))
+    own = sequences_from_table(rollouts.filter(pa.array(kept)))
+    return RolloutData(**vars(own), reward_bin=reward, censored=censored, grid=grid, head=head, dropped=dropped)

@@ -1,12 +1,10 @@
 """Muon for the hidden matrices and AdamW for everything else, as one optimizer; and the learning-rate schedule.
 
-Muon (orthogonalised momentum, https://kellerjordan.github.io/posts/muon/) is meant for 2-D hidden matrices; embeddings, the
-output matrix and norms go to AdamW. To the Trainer, accelerate and schedulers the pair is one `torch.optim.Optimizer`:
-one list of parameter groups, one state, so that saving, resuming and scheduling need no special case.
-
-`torch.optim.Muon` orthogonalises in bfloat16. On a processor without bfloat16 instructions that is some 15 times slower than
-float32 (AVX2: .49 s a step of the small model instead of .033) and ends at a higher loss; with them float32 is still
-twice as fast on such small matrices (.016 s instead of .035, AVX-512 with bf16, 2026-11-26). So every CPU uses float32.
+Muon (orthogonalised momentum, https://kellerjordan.github.io/posts/muon/) is meant for 2-D hidden matrices; embeddings,
+output matrix and norms go to AdamW. The pair is one `torch.optim.Optimizer`, so that saving, resuming and scheduling
+need no special case. `torch.optim.Muon` orthogonalises in bfloat16: some 15 times slower than float32 on a processor
+without such instructions (.49 s a step of the small model instead of .033), at a higher loss, and half as fast with them
+(.035 s instead of .016, AVX-512, 2026-11-26). So every CPU uses float32.
 """
 
 from __future__ import annotations
@@ -21,16 +19,12 @@ from torch.optim import AdamW, Optimizer
 
 from ziprc.config.base import Optimisation
 
-MUON = "muon"
-ADAMW = "adamw"
-
 
 class Muon(torch.optim.Muon):
     """torch's Muon with the state and groups of torch's, but orthogonalised in float32 on a CPU."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = closure() if closure is not None else None
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -41,7 +35,6 @@ class Muon(torch.optim.Muon):
                 rows, columns = parameter.shape
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
-        return loss
 
 
 def orthogonalised(matrix: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
@@ -60,13 +53,10 @@ def orthogonalised(matrix: torch.Tensor, group: Mapping[str, Any]) -> torch.Tens
 class MuonWithAdamW(Optimizer):
     """Each parameter group names its rule under `rule`; the two inner optimizers share this one's groups and state."""
 
-    def __init__(
-        self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], settings: Optimisation
-    ) -> None:
-        decay = settings.weight_decay
+    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: Optimisation) -> None:
         self._inner: Mapping[str, Optimizer] = {
-            MUON: Muon(list(matrices), lr=settings.learning_rate, weight_decay=decay),
-            ADAMW: adamw(others, settings.adamw_learning_rate or settings.learning_rate, settings),
+            "muon": Muon(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+            "adamw": adamw(others, settings.adamw_learning_rate, settings),
         }
         groups = [{**group, "rule": rule} for rule, inner in self._inner.items() for group in inner.param_groups]
         super().__init__(groups, {})
@@ -81,10 +71,10 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, settings: Optimisation) -> AdamW:
-    return AdamW(
-        list(parameters), lr=learning_rate, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+def adamw(parameters: Iterable[nn.Parameter], rate: float | None, settings: Optimisation) -> AdamW:
+    """AdamW at the rate, or at the settings' learning rate where there is none."""
+    rate, decay = rate or settings.learning_rate, settings.weight_decay
+    return AdamW(list(parameters), lr=rate, betas=settings.betas, weight_decay=decay, fused=True)
 
 
 def make_optimizer(model: nn.Module, settings: Optimisation) -> Optimizer:
@@ -94,18 +84,18 @@ def make_optimizer(model: nn.Module, settings: Optimisation) -> Optimizer:
     """
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     outer = {n for n, p in wanted.items() if p.ndim != 2 or any(w in n for w in ("embed", "lm_head", "slice_weight"))}
-    if settings.optimizer == MUON and len(outer) < len(wanted):
-        matrices = [p for name, p in wanted.items() if name not in outer]
-        return MuonWithAdamW(matrices, [p for name, p in wanted.items() if name in outer], settings)
-    rate = settings.adamw_learning_rate if settings.optimizer == MUON else None
-    return adamw(wanted.values(), rate or settings.learning_rate, settings)
+    matrices, others = ([p for n, p in wanted.items() if (n in outer) is side] for side in (False, True))
+    if settings.optimizer == "adamw":
+        return adamw(wanted.values(), None, settings)
+    return (
+        MuonWithAdamW(matrices, others, settings) if matrices else adamw(others, settings.adamw_learning_rate, settings)
+    )
 
 
 def schedule_factor(step: int, steps: int, warmup: float, shape: str) -> float:
     """Share of the peak rate used by step `step` (from 0) of `steps`.
 
-    Warm-up starts with the very first step: of W warm-up steps, step i uses (i + 1) / (W + 1). Then down to zero, which
-    is reached just after the last step.
+    Of W warm-up steps, step i uses (i + 1) / (W + 1). Then down to zero, which is reached just after the last step.
     """
     warm = math.ceil(warmup * steps)
     if step < warm:

@@ -1,9 +1,8 @@
 """Training states on disk: what a run that was ended goes on from.
 
-They lie beside the checkpoint that is being made, in `.<name>.training/<digest>/checkpoint-<step>`. The digest is of all
-that determines the run, so that no run goes on from the states of another. A folder of states says in `owner.json` which
-checkpoint it is for, and only a folder that says so is ever removed. A state counts once its `complete.json` is there,
-which is written last and holds the digests of its files.
+They lie beside the checkpoint that is being made, in `.<name>.training/<digest>/checkpoint-<step>`; the digest is of
+all that determines the run. `owner.json` says which checkpoint a folder is for, and only a folder that says so is ever
+removed. A state counts once its `complete.json` is there, which is written last and holds the digests of its files.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def world_size() -> int:
 
 
 def state_folder(target: Path, identity: Any) -> Path:
-    """Where training states of `target` are kept: beside it, by a digest of everything that determines the run."""
+    """Where training states of `target` are kept, by all that determines the run."""
     return target.parent / f".{target.name}.training" / digest_json([identity, world_size()])[:16]
 
 
@@ -72,21 +71,14 @@ def complete(state: Path) -> None:
 
 
 def last_complete_state(folder: Path) -> Path | None:
-    """The newest training state that was written to its end and is intact."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_complete(path)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_complete(state: Path) -> bool:
-    """Whether the marker is there and every file is what it says; a damaged state is named and left out."""
-    marker = state / COMPLETE
-    if not marker.exists():
-        return False
-    with contextlib.suppress(UserError):
-        if read_sealed(marker)["files"] == _digests(state):
-            return True
-    print(f"{state} is damaged and is not resumed from", file=sys.stderr, flush=True)
-    return False
+    """The newest training state that was written to its end and is intact; a damaged one is named and left out."""
+    found = {int(m.parent.name.rpartition("-")[2]): m for m in folder.glob(f"checkpoint-*/{COMPLETE}")}
+    for _, marker in sorted(found.items(), reverse=True):
+        with contextlib.suppress(UserError):
+            if read_sealed(marker)["files"] == _digests(marker.parent):
+                return marker.parent
+        print(f"{marker.parent} is damaged and is not resumed from", file=sys.stderr, flush=True)
+    return None
 
 
 def _digests(state: Path) -> dict[str, str]:

@@ -1,28 +1,28 @@
 """A small base model from nothing: its tokenizer, its weights, and its texts.
 
-Tokenizer: byte-level BPE in which digits always stand alone (numbers are read and written digit by digit), with few
-merges learned on the task's words, and Qwen3's conventions: `<|im_end|>` stops, `<|endoftext|>` pads, `<think>` and
-`</think>` are single tokens that stay visible when decoding. The output matrix has more rows than the tokenizer has
-tokens; the rest is room for the joint head.
+The tokenizer is byte-level BPE in which digits stand alone, with few merges learned on the task's words, and Qwen3's
+conventions: `<|im_end|>` stops, `<|endoftext|>` pads, `<think>` and `</think>` are tokens that stay visible when
+decoding. The output matrix has more rows than the tokenizer has tokens; the rest is room for the joint head.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ziprc.chat import CHATML_TEMPLATE, THINK_END
+from ziprc.chat import CHATML_TEMPLATE, THINK_END, prompt_token_ids
 from ziprc.config.shared import Architecture
 from ziprc.errors import UserError
 from ziprc.tasks.base import TeachingTask
-from ziprc.training.data import TextData, sequences_from_lists
+from ziprc.training.data import TextData
 
 STOP, PAD, START, THINK = "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<think>"
-BYTES = 256
 TRIAL_TRACES = 256  # drawn first, to learn how many traces the token budget needs
 
 
@@ -33,12 +33,11 @@ def build_tokenizer(corpus: Iterable[str], architecture: Architecture) -> PreTra
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=BYTES + architecture.merges,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = len(alphabet) + architecture.merges
+    core.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
-    core.train_from_iterator(corpus, trainer)
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (PAD, START, STOP)])
     core.add_tokens([AddedToken(text, special=False, normalized=False) for text in (THINK, THINK_END)])
     if core.get_vocab_size() >= architecture.vocab_size:
@@ -47,13 +46,9 @@ def build_tokenizer(corpus: Iterable[str], architecture: Architecture) -> PreTra
             "tokens and the joint head needs free rows above them. Raise vocab_size or lower merges."
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=STOP,
-        pad_token=PAD,
-        chat_template=CHATML_TEMPLATE,
-        model_max_length=architecture.max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=core, eos_token=STOP, pad_token=PAD, chat_template=CHATML_TEMPLATE,
+        model_max_length=architecture.max_position_embeddings, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def build_model(architecture: Architecture, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
@@ -71,19 +66,14 @@ def build_model(architecture: Architecture, tokenizer: PreTrainedTokenizerFast, 
 def text_data(
     tokenizer: PreTrainedTokenizerFast, task: TeachingTask, settings: Mapping[str, Any], count: int, seed: int
 ) -> TextData:
-    """`count` traces of the task as training sequences: prompt (the ids of `chat.prompt_token_ids`), response, stop token."""
+    """`count` traces of the task as training sequences: prompt, response, stop token."""
     pairs = list(task.traces(settings, count, seed))
-    asked = [
-        tokenizer.apply_chat_template(
-            [dict(m) for m in p.messages], add_generation_prompt=True, tokenize=False, enable_thinking=t.thinking
-        )
-        for p, t in pairs
-    ]
-    prompts, responses = (
-        tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for texts in (asked, [t.response + STOP for _, t in pairs])
-    )
-    return TextData(sequences_from_lists([p.prompt_id for p, _ in pairs], prompts, responses), tokenizer.pad_token_id)
+    prompts = [prompt_token_ids(tokenizer, prompt.messages, trace.thinking) for prompt, trace in pairs]
+    responses = tokenizer([trace.response + STOP for _, trace in pairs], add_special_tokens=False)["input_ids"]
+    whole = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+    tokens, lengths = np.fromiter(itertools.chain.from_iterable(whole), np.int32), [0, *map(len, whole)]
+    names, prompt_lengths = [prompt.prompt_id for prompt, _ in pairs], np.array([len(p) for p in prompts])
+    return TextData(names, tokens, np.cumsum(lengths), prompt_lengths)
 
 
 def traces_for(
@@ -91,5 +81,5 @@ def traces_for(
 ) -> TextData:
     """As many traces as fill the token budget once."""
     trial = text_data(tokenizer, task, settings, TRIAL_TRACES, seed)
-    count = -(-tokens * len(trial.sequences) // int(trial.sequences.lengths.sum()))
+    count = -(-tokens * len(trial) // int(trial.lengths.sum()))
     return text_data(tokenizer, task, settings, count, seed)

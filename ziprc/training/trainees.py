@@ -1,12 +1,11 @@
 """What is trained: a model together with its objective, as one module whose forward returns the loss.
 
-The loss lives inside the forward for a reason. DDP prepares its gradient hooks, and FSDP gathers the root's parameters
+The loss lives inside the forward because DDP prepares its gradient hooks, and FSDP gathers the root's parameters
 (embedding and output matrix, which the KL needs whole), only around the forward of the module they wrap. The body runs
-alone (`model.base_model`): logits over the vocabulary are formed by the objective, at the labelled states only.
+alone: logits are formed by the objective, at the labelled states only.
 
-`SliceHead` is ZIP-RC-Lite done right. With tied embeddings the published head-only trainer also rewrites the input
-embeddings of ordinary tokens; here only a separate [R·L, D] matrix is trained and merged at the end, so every text
-logit stays bit-identical.
+`SliceHead` is ZIP-RC-Lite done right: with tied embeddings the published head-only trainer also rewrites the input
+embeddings of ordinary tokens; here a separate [R·L, D] matrix is trained, and every text logit stays bit-identical.
 
 B batch, T time, D hidden, P labelled states, V vocabulary, R·L cells.
 """
@@ -22,8 +21,8 @@ from transformers import PreTrainedModel
 from ziprc.config.zip_rc import Head
 from ziprc.joint.head import JointHead
 from ziprc.training.objectives.base import Loss
-from ziprc.training.objectives.joint import JointBundle, JointLabels, JointObjective, KLForm, Reference
-from ziprc.training.objectives.language import LanguageObjective, TokenBundle
+from ziprc.training.objectives.joint import JointLabels, JointObjective, KLForm, Reference
+from ziprc.training.objectives.language import language_loss
 
 Batch = Mapping[str, Tensor]
 
@@ -39,7 +38,6 @@ def labelled(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def output_weight(model: PreTrainedModel) -> Tensor:
-    """The output matrix [V, D]."""
     return model.get_output_embeddings().weight
 
 
@@ -72,58 +70,46 @@ class Trainee(nn.Module):
 class LanguageTrainee(Trainee):
     """Every parameter, next-token loss."""
 
-    objective = LanguageObjective()
-
     def loss(self, batch: Batch) -> Loss:
-        states = labelled(self.model, batch)
-        return self.objective(TokenBundle(states, output_weight(self.model), batch["targets"]))
+        return language_loss(labelled(self.model, batch), output_weight(self.model), batch["targets"])
 
 
 class JointTrainee(Trainee):
     """Every parameter, the joint loss. The reference is not a submodule: never trained, saved, wrapped or moved."""
 
     def __init__(
-        self, model: PreTrainedModel, joint: JointHead, objective: JointObjective, reference: PreTrainedModel | None
+        self, model: PreTrainedModel, objective: JointObjective, reference: PreTrainedModel | None = None
     ) -> None:
         super().__init__(model)
-        self.joint, self.objective = joint, objective
-        self._reference = (reference,)
+        self.objective, self._reference = objective, [reference] if reference is not None else []
 
     def loss(self, batch: Batch) -> Loss:
-        states = labelled(self.model, batch)
-        reference = self._reference_at(batch)
-        weight = output_weight(self.model)
+        states, weight, known = labelled(self.model, batch), output_weight(self.model), None
+        if self._reference:
+            with torch.no_grad():
+                reference = self._reference[0].to(states.device)
+                known = Reference(labelled(reference, batch), output_weight(reference))
         with torch.autocast(states.device.type, enabled=False):
-            rows = weight[self.joint.layout.joint_slice]
-            return self.objective(JointBundle(states, rows, labels_of(batch), weight, reference))
-
-    @torch.no_grad()
-    def _reference_at(self, batch: Batch) -> Reference | None:
-        (reference,) = self._reference
-        if reference is None:
-            return None
-        if reference.device != batch["input_ids"].device:
-            reference.to(batch["input_ids"].device)
-        return Reference(labelled(reference, batch), output_weight(reference))
+            return self.objective(states, weight[self.objective.rows], labels_of(batch), weight, known)
 
 
 class SliceHead(Trainee):
     """Only the R·L rows, kept apart from the frozen model until `merged`."""
 
-    def __init__(self, model: PreTrainedModel, joint: JointHead, objective: JointObjective) -> None:
+    def __init__(self, model: PreTrainedModel, objective: JointObjective) -> None:
         super().__init__(model.requires_grad_(False))
-        self.joint, self.objective = joint, objective
-        self.slice_weight = nn.Parameter(output_weight(model)[joint.layout.joint_slice].detach().clone())
+        self.objective = objective
+        self.slice_weight = nn.Parameter(output_weight(model)[objective.rows].detach().clone())
 
     def loss(self, batch: Batch) -> Loss:
         with torch.no_grad():
             states = labelled(self.model, batch)
         with torch.autocast(states.device.type, enabled=False):
-            return self.objective(JointBundle(states, self.slice_weight, labels_of(batch)))
+            return self.objective(states, self.slice_weight, labels_of(batch))
 
     @torch.no_grad()
     def merged(self) -> PreTrainedModel:
-        output_weight(self.model)[self.joint.layout.joint_slice] = self.slice_weight
+        output_weight(self.model)[self.objective.rows] = self.slice_weight
         return self.model
 
 
@@ -139,16 +125,10 @@ def has_kl(head: Head) -> bool:
 def joint_trainee(
     model: PreTrainedModel, joint: JointHead, head: Head, chunk: int, reference: PreTrainedModel | None
 ) -> Trainee:
-    """The module that `head.trainable` asks for; `reference` is required exactly when `has_kl`."""
-    grid, kl = joint.grid, head.kl if has_kl(head) else 0.0
-    form = KLForm(head.kl_form)
-    objective = JointObjective(grid.R, grid.L, joint.layout.joint_slice, kl, form, head.kl_top_k, chunk)
+    """The module that `head.trainable` asks for; `reference` is frozen, and required exactly when `has_kl`."""
+    grid, rows, kl = joint.grid, joint.layout.joint_slice, head.kl if has_kl(head) else 0.0
+    objective = JointObjective(grid.R, grid.L, rows, kl, KLForm(head.kl_form), head.kl_top_k, chunk)
     if head.trainable == "slice":
-        return SliceHead(model, joint, objective)
+        return SliceHead(model, objective)
     assert (reference is not None) == has_kl(head), "a reference is loaded exactly when there is a KL"
-    return JointTrainee(model, joint, objective, reference)
-
-
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model as a reference: evaluation mode, no gradients."""
-    return model.eval().requires_grad_(False)
+    return JointTrainee(model, objective, reference)

@@ -1,29 +1,27 @@
 """The one trainer of the project: `train` takes a trainee, data and their order, and leaves a checkpoint.
 
-It is `transformers.Trainer` with our loss, order of data, optimizer and resume. What the Trainer gives: devices, DDP and
-FSDP through accelerate, accumulation, mixed precision, trackers, the format of training states. What is ours, each in a
-few lines below:
+It is `transformers.Trainer` (devices, DDP and FSDP through accelerate, accumulation, mixed precision, trackers, format
+of training states) with our own:
 
-* the loss is a sum divided by the supervised positions of the *global* batch, over accumulation and devices;
-* the order of data is fixed beforehand (`order.BatchOrder`) and read in sequence, so a resumed run is bit-identical;
+* loss: a sum divided by the supervised positions of the *global* batch, over accumulation and devices;
+* order of data, fixed beforehand and read in sequence, so a resumed run is bit-identical;
 * warm-up from the first step, and a schedule that knows the number of steps;
-* a non-finite loss or gradient stops before the step and names the rollouts;
-* a training state counts only once it is complete, and only the last one is kept (`resume`); SIGTERM and Ctrl-C save one
-  and leave;
-* what is shown are means over all processes since the line before.
+* stop before a step whose loss or gradient is not finite, which names the rollouts;
+* training states, which count once they are complete and of which the last is kept (`resume`); SIGTERM and Ctrl-C save
+  one and leave;
+* display: means over all processes since the line before.
 
 Weights are float32; `bf16` means autocast. Under `accelerate launch` it uses as many processes as it is given.
 """
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from ziprc.config.base import Optimisation, Runtime
 from ziprc.errors import Stopped, UserError
@@ -62,10 +59,6 @@ class Outcome:
     parts: Mapping[str, float]
     gathered: Mapping[str, Tensor] | None = None
 
-    def text(self) -> str:
-        parts = ", ".join(f"{name} {value:.4f}" for name, value in self.parts.items())
-        return f"{self.steps} steps, final {parts or 'loss unknown'}"
-
 
 def train(
     target: Path, record: Mapping[str, Any], trainee: Trainee, fresh: Callable[[], Trainee], batches: MicroBatches,
@@ -88,7 +81,8 @@ def train(
             trainee.load_state_dict(outcome.gathered, strict=False)
         save_checkpoint(target, trainee.merged().to(dtype), tokenizer, record, joint)
         resume.forget_states(target)
-    return f"{outcome.text()}, wrote {target}"
+    parts = ", ".join(f"{name} {value:.4f}" for name, value in outcome.parts.items())
+    return f"{outcome.steps} steps, final {parts or 'loss unknown'}, wrote {target}"
 
 
 def fit(
@@ -98,66 +92,48 @@ def fit(
     """Train to the end of the order, going on from the last training state in `folder` if there is one.
 
     Several processes come out of it together, and have parted: none can talk to another afterwards.
-
     Raises UserError for a non-finite loss or gradient, and Stopped after SIGTERM or Ctrl-C, when the state is saved.
     """
-    trainer = ZipTrainer(trainee, batches, optimisation, runtime, folder, seed, section)
-    steps = batches.order.steps
-    if trainer.is_world_process_zero():
-        resume.claim(folder)
-    state = resume.last_complete_state(folder)
-    if state is not None and trainer.is_world_process_zero():
-        print(f"resuming from step {state.name.rpartition('-')[2]} of {steps}", file=sys.stderr, flush=True)
-    with trainer.signals_noted():
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
-    if trainer.state.global_step < steps:
-        kept = f"Step {trainer.state.global_step} of {steps} is done and the training state is saved."
-        raise Stopped(trainer.stopped_by, kept)
-    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    if trainer.args.world_size > 1:  # nobody may end, or remove the states, while another process is still in train()
-        trainer.accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()
-    return Outcome(trainer.state.global_step, trainer.shown.means, gathered)
-
-
-def training_arguments(
-    batches: MicroBatches, optimisation: Optimisation, runtime: Runtime, folder: Path, seed: int
-) -> TrainingArguments:
-    """The Trainer's own settings. One item of the data set is one micro-batch, hence the batch size of 1."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu, processes = torch.cuda.is_available(), resume.world_size()
     if runtime.bf16 and not on_gpu and not native_bfloat16():
         print("runtime.bf16=true: without bf16 instructions this processor is faster with false", file=sys.stderr)
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=batches.order.slots // resume.world_size(),
-        max_steps=batches.order.steps,
-        max_grad_norm=optimisation.max_grad_norm,
-        bf16=runtime.bf16,
-        use_cpu=not on_gpu,
-        save_strategy="steps",
-        save_steps=runtime.save_steps,
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to=list(runtime.trackers) or "none",
-        run_name=resume.run_name(folder),
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        ddp_find_unused_parameters=False,
-        ddp_backend=None if on_gpu or resume.world_size() == 1 else "gloo",
-        seed=seed % 2**32,
-    )
+    args = TrainingArguments(  # one item of the data set is one micro-batch, hence the batch size of 1
+        str(folder), per_device_train_batch_size=1, max_steps=batches.order.steps, seed=seed % 2**32,
+        gradient_accumulation_steps=batches.order.slots // processes, max_grad_norm=optimisation.max_grad_norm,
+        bf16=runtime.bf16, use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, remove_unused_columns=False,
+        ddp_find_unused_parameters=False, ddp_backend=None if on_gpu or processes == 1 else "gloo",
+        save_strategy="steps", save_steps=runtime.save_steps, report_to=list(runtime.trackers) or "none",
+        run_name=resume.run_name(folder), logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = ZipTrainer(trainee, batches, optimisation, args, section)
+    steps, main = batches.order.steps, trainer.is_world_process_zero()
+    if main:
+        resume.claim(folder)
+    state = resume.last_complete_state(folder)
+    if main and state is not None:
+        print(f"resuming from step {state.name.rpartition('-')[2]} of {steps}", file=sys.stderr, flush=True)
+    before = {number: signal.signal(number, trainer.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    done = trainer.state.global_step
+    if done < steps:
+        raise Stopped(trainer.stopped_by, f"Step {done} of {steps} is done and the training state is saved.")
+    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if processes > 1:  # nobody may end, or remove the states, while another process is still in train()
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+    return Outcome(done, trainer.shown.means, gathered)
 
 
 class ZipTrainer(transformers.Trainer):
-    """See the head of this file."""
+    """See the head of this file; `section` is named in errors."""
 
     def __init__(
-        self, trainee: Trainee, batches: MicroBatches, optimisation: Optimisation, runtime: Runtime, folder: Path,
-        seed: int, section: str,
-    ) -> None:  # fmt: skip
-        args = training_arguments(batches, optimisation, runtime, folder, seed)
+        self, trainee: Trainee, batches: MicroBatches, optimisation: Optimisation, args: TrainingArguments, section: str
+    ) -> None:
         _ = args.device
         args._n_gpu = min(args.n_gpu, 1)  # one process, one device: never torch's DataParallel
         super().__init__(trainee, args, data_collator=operator.itemgetter(0), train_dataset=batches)
@@ -170,19 +146,16 @@ class ZipTrainer(transformers.Trainer):
         self.optimisation = optimisation
         self.shown = Shown(self)
         self.stopped_by = 0  # the signal on which all processes stop
-        self._signal = 0  # the first that this one has had
+        self.signalled = 0  # the first that this one has had
         self._step_names: list[int] = []
         self.remove_callback(PrinterCallback)
         self.add_callback(self.shown)
-
-    # --- data, optimizer, schedule ---
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = make_optimizer(model or self.model, self.optimisation)
+        self.optimizer = self.optimizer or make_optimizer(model or self.model, self.optimisation)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -193,8 +166,6 @@ class ZipTrainer(transformers.Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    # --- loss ---
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised positions of the global batch."""
@@ -229,20 +200,13 @@ class ZipTrainer(transformers.Trainer):
             f"not taken. The batch holds: {shown}. Lower the learning rate, or look at these."
         )
 
-    # --- training states ---
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Weights only, tied matrices once."""
+        """Weights only, tied matrices once, by their first name."""
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         weights = state_dict if state_dict is not None else self.model.state_dict()
-        seen: set[tuple[int, int]] = set()
-        distinct = {}
-        for name, tensor in weights.items():
-            key = (tensor.data_ptr(), tensor.numel())
-            if key not in seen:
-                seen.add(key)
-                distinct[name] = tensor.contiguous()
+        names = {(tensor.data_ptr(), tensor.numel()): name for name, tensor in reversed(weights.items())}
+        distinct = {name: weights[name].contiguous() for name in names.values()}
         save_file(distinct, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -257,29 +221,9 @@ class ZipTrainer(transformers.Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Nothing: the only missing keys are tied matrices, stored once."""
 
-    # --- signals ---
-
-    @contextlib.contextmanager
-    def signals_noted(self) -> Iterator[None]:
-        """While open, SIGTERM and Ctrl-C ask for a saved state after the step in progress."""
-
-        def note(number: int, frame: Any) -> None:
-            self._signal = self._signal or number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def agree(self, due: bool) -> bool:
-        """Let all processes know of a signal that one has had, and whether one of them wants a line."""
-        self.stopped_by = self._signal
-        if self.args.world_size > 1:
-            flags = torch.tensor([[self._signal, int(due)]], device=self.args.device)
-            self.stopped_by, due = self.accelerator.gather(flags).amax(0).tolist()
-        return bool(due)
+    def note(self, number: int, frame: Any) -> None:
+        """A signal asks for a saved state after the step in progress."""
+        self.signalled = self.signalled or number
 
 
 class Shown(TrainerCallback):
@@ -299,17 +243,19 @@ class Shown(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.since = time.monotonic()
         if state.is_world_process_zero:
-            self.bar = progress(
-                state.max_steps, resume.run_name(Path(args.output_dir)), "steps", done=state.global_step
-            )
+            self.bar = progress(state.max_steps, args.run_name, "steps", done=state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning_rate = self.trainer.optimizer.param_groups[0]["lr"]  # the schedule moves on before on_step_end
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, now = self.trainer, time.monotonic()
         wait = max(self.bar.mininterval, SECONDS_BETWEEN_READINGS) if self.bar is not None else float("inf")
-        due = self.trainer.agree(time.monotonic() - self.since >= wait)
-        if self.trainer.stopped_by:
+        trainer.stopped_by, due = trainer.signalled, int(now - self.since >= wait)
+        if args.world_size > 1:  # what one process wants, all do
+            flags = torch.tensor([[trainer.signalled, due]], device=args.device)
+            trainer.stopped_by, due = trainer.accelerator.gather(flags).amax(0).tolist()
+        if trainer.stopped_by:
             control.should_save = control.should_training_stop = True
         last = control.should_training_stop or state.global_step >= state.max_steps
         if due or last:

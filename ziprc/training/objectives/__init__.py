@@ -1,1 +1,1 @@
-"""A loss is a pure function from one typed bundle to a `Loss`."""
+"""A loss is a pure function from typed tensors to a `Loss`, sums over the labelled positions that it was given."""

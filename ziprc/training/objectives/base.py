@@ -1,8 +1,7 @@
-"""What an objective is: a typed bundle of tensors in, sums out.
+"""What an objective makes: sums over the labelled positions that it was given, never means.
 
-An objective returns *sums* over the labelled positions it was given, never means. The trainer divides by the number of
-labelled positions of the whole global batch (over accumulation and devices), so that cutting a batch into
-micro-batches does not change the step. No objective knows about devices, steps or files.
+The trainer divides by the number of labelled positions of the whole global batch (over accumulation and devices), so
+that cutting a batch into micro-batches does not change the step. No objective knows about devices, steps or files.
 """
 
 from __future__ import annotations

@@ -1,16 +1,11 @@
 """The joint head's loss: cross-entropy over the slice, plus λ·KL(reference ‖ model) over every other row.
 
-ZIP-RC (arXiv 2512.01457, §3). Cross-entropy: softmax over the R·L rows of the slice alone; the label is a set of cells,
-one cell for an ordinary response. A response that ran into the cap is a censored observation: its length bin is known
-only from below, so its term is −log of the mass of all cells at or above (survival form). KL: forward direction,
-temperature 1, at the same states, so that what the model says does not move.
-
-How it departs from the published code: its KL keeps only the 32 highest reference tokens, renormalises them, and is
-therefore biased (at equal weights it is not zero and it sharpens the model); here the exact sum is the default and
-`top_k` keeps one bucket for the rest, which is zero at equality. Its chunks keep their logits alive for the backward
-pass; `ChunkedKL` computes the gradient in closed form while a chunk's logits exist, so nothing of size [P, V] ever
-lives and nothing is computed twice. The output matrix must be whole: under FSDP the objective runs inside the forward
-of the root module, where the root's own parameters (embedding and output matrix) are gathered.
+ZIP-RC (arXiv 2512.01457, §3). Cross-entropy: softmax over the R·L rows of the slice alone; a response that ran into the
+cap is a censored observation, so its label is all cells at or above its length. KL: forward, temperature 1, at the same
+states, so that what the model says does not move. The published KL keeps only the 32 highest reference tokens and
+renormalises them, so at equal weights it is not zero and it sharpens the model; here the exact sum is the default and
+`top_k` keeps one bucket for the rest. `ChunkedKL` takes the gradient in closed form while a chunk's logits exist, so
+nothing of size [P, V] ever lives. The output matrix must be whole: under FSDP, inside the forward of the root module.
 
 P labelled states, D hidden, V vocabulary, C states of one chunk, R reward centres, L length bins, K kept tokens.
 """
@@ -57,17 +52,6 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class JointBundle:
-    """States [P, D], the slice's rows [R·L, D], labels; for the KL also the whole output matrix and the reference."""
-
-    states: Tensor
-    slice_weight: Tensor
-    labels: JointLabels
-    weight: Tensor | None = None
-    reference: Reference | None = None
-
-
-@dataclass(frozen=True)
 class JointObjective:
     """CE + kl·KL, summed over states; `rows` are the reserved ones of the output matrix.
 
@@ -82,27 +66,29 @@ class JointObjective:
     top_k: int = 64
     chunk: int = 1024
 
-    def __call__(self, bundle: JointBundle) -> Loss:
-        logits = working(bundle.states) @ working(bundle.slice_weight).T
-        ce = slice_cross_entropy(logits.unflatten(-1, (self.reward_bins, self.length_bins)), bundle.labels)
-        if self.kl == 0 or bundle.reference is None:
+    def __call__(
+        self, states: Tensor, slice_weight: Tensor, labels: JointLabels,
+        weight: Tensor | None = None, reference: Reference | None = None,
+    ) -> Loss:  # fmt: skip
+        """States [P, D], the slice's rows [R·L, D], labels; for the KL the output matrix [V, D] and the reference."""
+        logits = working(states) @ working(slice_weight).T
+        ce = slice_cross_entropy(logits.unflatten(-1, (self.reward_bins, self.length_bins)), labels)
+        if self.kl == 0 or reference is None:
             return Loss(ce, {"ce": ce.detach()})
-        assert bundle.weight is not None, "the KL needs the whole output matrix"
-        kl = reference_kl(bundle.states, bundle.weight, bundle.reference, self.rows, self.form, self.top_k, self.chunk)
+        assert weight is not None, "the KL needs the whole output matrix"
+        kl = reference_kl(states, weight, reference, self.rows, self.form, self.top_k, self.chunk)
         return Loss(ce + self.kl * kl, {"ce": ce.detach(), "kl": kl.detach()})
 
 
 def slice_cross_entropy(logits: Tensor, labels: JointLabels) -> Tensor:
     """Sum over states of −log of the labelled cells' mass. `logits` [P, R, L]."""
-    P, R, L = logits.shape
-    log_p = torch.log_softmax(logits.flatten(1), -1).view(P, R, L)
-    rewards = torch.arange(R, device=logits.device)
-    lengths = torch.arange(L, device=logits.device)
+    log_p = logits.flatten(1).log_softmax(-1)
+    rewards, lengths = (torch.arange(bins, device=logits.device) for bins in logits.shape[1:])
     reward, length = labels.reward_bin[:, None], labels.length_bin[:, None]
     reward_fits = (rewards == reward) | (reward == ANY_REWARD)
     length_fits = (lengths == length) | (labels.censored[:, None] & (lengths > length))
-    cells = reward_fits[:, :, None] & length_fits[:, None, :]
-    return -log_p.masked_fill(~cells, -torch.inf).flatten(1).logsumexp(-1).sum()
+    cells = (reward_fits[:, :, None] & length_fits[:, None, :]).flatten(1)
+    return -log_p.masked_fill(~cells, -torch.inf).logsumexp(-1).sum()
 
 
 def reference_kl(
