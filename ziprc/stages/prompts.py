@@ -14,11 +14,12 @@ from ziprc.tasks.base import get_task
 
 
 def run(context: Context) -> str:
-    split, own = context.variant, context.config.prompts
-    prompts = get_task(own.task).prompts(own.settings, split, getattr(own, split), context.config.seed)
+    config, split = context.config, context.variant
+    own, asked = config.prompts, getattr(config.prompts, split)
+    prompts = get_task(own.task).prompts(own.settings, split, asked, config.seed)
     rows = [{**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra, sort_keys=True)} for p in prompts]
     context.write(PROMPTS, PROMPTS.make(rows))
-    line, asked = f"wrote {len(rows)} prompts to {context.target}", getattr(own, split)
+    line = f"wrote {len(rows)} prompts to {context.target}"
     if len(rows) < asked:
         line += f", fewer than prompts.{split} = {asked}: the task has no more for this split"
         print(f"prompts: {line}", file=sys.stderr)

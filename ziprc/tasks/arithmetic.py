@@ -1,20 +1,17 @@
 """The default world: chains of additions and subtractions, worked out in one of three styles.
 
 `Compute 47+8-12` asks for the value of a left-to-right chain; a cell of the difficulty mix is a number of steps and a
-size of the operands ("3 steps, big": three operations with three-digit numbers). A response chooses a style at its
-first result and keeps it:
+size of the operands ("3 steps, big"). A response chooses a style at its first result and keeps it:
 
 * direct   `47+8=55-12=43`            short; copies each operand and writes the result at once
 * split    `47+8>50+5=55-12>45-2=43`  peels the operand off digit by digit, or through the ten
 * columns  `47+8=7+8=15,4+1=5=55-12=...`  longest; digit by digit, ones first, with written carries
 
-The teacher slips, and the slip is in the text, without any mark that says so: *direct* swaps the first two digits of an
-operand that it copies (`55-21`), *split* ends on a digit that is not the rest (`50+8`), *columns* leaves out a carry
-that is due (`7+8=15,4=4`). Slip rates depend on style and size, so that no style is best everywhere: direct wins on small
-operands, split on medium ones, columns on big ones. The mix has easy prompts (every style works), hopeless ones (none
-does) and, in between, those where the style decides. Hence what decides about a response is partly known from the
-prompt, partly from the style chosen after a few tokens, and partly from slips that appear on the way. A slip is one
-alternative at one token, at a rate that min-p 0.1 keeps.
+The teacher slips, in the text and unmarked: *direct* swaps the first two digits of an operand that it copies (`55-21`),
+*split* ends on a digit that is not the rest (`50+8`), *columns* leaves out a carry that is due (`7+8=15,4=4`). Rates
+depend on style and size, so that no style is best everywhere and there are easy prompts, hopeless ones and, in between,
+those where the style decides. So success is partly known from the prompt, partly from the style chosen after a few
+tokens, and partly from slips on the way. A slip is one alternative at one token, at a rate that min-p 0.1 keeps.
 
 Split by the multiset of signed terms: `47+39-6`, `39+47-6` and `47-6+39` are one problem.
 """
@@ -25,16 +22,16 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from functools import reduce
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
 from ziprc.chat import visible_answer
 from ziprc.config.base import Unit
 from ziprc.tasks.base import Trace, thinking_response
-from ziprc.tasks.generated import GeneratedTask, MixSettings, Weighs, Weight
+from ziprc.tasks.generated import GeneratedTask, MixSettings, Weight
 
-SHARES = {"base": 0.70, "train": 0.16, "validation": 0.05, "test": 0.09}
 DIGITS = {"small": 1, "medium": 2, "big": 3}
 LARGEST = 999  # of every intermediate value
 
@@ -43,15 +40,9 @@ Size = Literal["small", "medium", "big"]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 MIX = {
-    "2 steps, small": 0.16,
-    "3 steps, small": 0.14,
-    "4 steps, small": 0.08,
-    "2 steps, medium": 0.18,
-    "3 steps, medium": 0.18,
-    "2 steps, big": 0.08,
-    "3 steps, big": 0.10,
-    "4 steps, big": 0.08,
-}
+    "2 steps, small": 0.16, "3 steps, small": 0.14, "4 steps, small": 0.08, "2 steps, medium": 0.18,
+    "3 steps, medium": 0.18, "2 steps, big": 0.08, "3 steps, big": 0.10, "4 steps, big": 0.08,
+}  # fmt: skip
 SLIPS: dict[Style, dict[Size, float]] = {
     "direct": {"small": 0.0, "medium": 0.50, "big": 0.70},
     "split": {"small": 0.10, "medium": 0.0, "big": 0.70},
@@ -59,7 +50,6 @@ SLIPS: dict[Style, dict[Size, float]] = {
 }
 
 CELL = r"^([1-9]) steps?, (small|medium|big)$"  # of the mix, e.g. "3 steps, big"
-_INTEGER = re.compile(r"-?[0-9]{1,12}")
 
 
 @dataclass(frozen=True)
@@ -75,19 +65,11 @@ class Chain:
 
     @property
     def value(self) -> int:
-        value = self.start
-        for op, operand in self.steps:
-            value = apply(value, op, operand)
-        return value
+        return reduce(lambda value, step: apply(value, *step), self.steps, self.start)
 
     @property
     def canonical(self) -> str:
-        terms = [self.start] + [operand if op == "+" else -operand for op, operand in self.steps]
-        return "sum " + " ".join(str(term) for term in sorted(terms))
-
-
-class LeavesRange(ValueError):
-    """After a slip, the rest of the chain would leave 0..LARGEST; the teacher starts over."""
+        return "sum " + " ".join(map(str, sorted([self.start, *(apply(0, *step) for step in self.steps)])))
 
 
 def apply(value: int, op: str, operand: int) -> int:
@@ -104,10 +86,10 @@ def parse_cell(cell: str) -> tuple[int, str]:
 class Settings(MixSettings):
     """`prompts.settings` of this task; the defaults are those of `toy`."""
 
-    mix: Annotated[dict[Annotated[str, Field(pattern=CELL)], Weight], Weighs] = Field(
+    mix: dict[Annotated[str, Field(pattern=CELL)], Weight] = Field(
         MIX, description="share of the prompts by cell, '3 steps, big'; small, medium, big operands have 1, 2, 3 digits"
     )
-    styles: Annotated[dict[Style, Weight], Weighs] = Field(
+    styles: dict[Style, Weight] = Field(
         {"direct": 0.40, "split": 0.34, "columns": 0.26},
         description="share of the thinking traces by style, drawn without looking at the prompt",
     )
@@ -124,26 +106,11 @@ class Settings(MixSettings):
         return {style: {**SLIPS.get(style, {}), **slips.get(style, {})} for style in {**SLIPS, **slips}}
 
 
-def draw_chain(rng: random.Random, cell: str) -> Chain:
-    """A chain of the cell whose intermediate values stay within 0..LARGEST."""
-    steps, size = parse_cell(cell)
-    low, high = 10 ** (DIGITS[size] - 1), 10 ** DIGITS[size] - 1
-    start = value = rng.randint(max(low, 10), max(high, 99))
-    operations: list[tuple[str, int]] = []
-    while len(operations) < steps:
-        op, operand = rng.choice("+-"), rng.randint(low, high)
-        if 0 <= apply(value, op, operand) <= LARGEST:
-            value = apply(value, op, operand)
-            operations.append((op, operand))
-    return Chain(start, tuple(operations))
-
-
 # A step writes one operation in a style: (value, op, operand, slips) -> (text from the operator on, result).
-# `slips()` decides whether the teacher slips at this opportunity.
-Step = Callable[[int, str, int, Callable[[], bool]], tuple[str, int]]
+Slips = Callable[[], bool]  # decides whether the teacher slips at this opportunity
 
 
-def direct_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> tuple[str, int]:
+def direct_step(value: int, op: str, operand: int, slips: Slips) -> tuple[str, int]:
     """`+47=...`; slip: the first two digits of the operand swapped in copying."""
     digits = str(operand)
     swapped = digits[1::-1] + digits[2:] if len(digits) > 1 else digits
@@ -167,7 +134,7 @@ def peelings(value: int, op: str, operand: int) -> list[tuple[int, int]]:
     return peeled
 
 
-def split_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> tuple[str, int]:
+def split_step(value: int, op: str, operand: int, slips: Slips) -> tuple[str, int]:
     """`+286>547+86>627+6=633`; slip: the last rest is replaced by the digit that stood before it (`627+8`)."""
     text, before = f"{op}{operand}", operand
     parts = peelings(value, op, operand)
@@ -180,7 +147,7 @@ def split_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> 
     return f"{text}={result}", result
 
 
-def columns_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -> tuple[str, int]:
+def columns_step(value: int, op: str, operand: int, slips: Slips) -> tuple[str, int]:
     """`+286=7+6=13,4+8+1=13,3+2+1=6=633`; slip: a carry or borrow that is due is left out."""
     width = max(len(str(value)), len(str(operand)))
     tops, bottoms = str(value).zfill(width), str(operand).zfill(width)
@@ -200,15 +167,15 @@ def columns_step(value: int, op: str, operand: int, slips: Callable[[], bool]) -
     return f"{op}{operand}={','.join(columns)}={result}", result
 
 
-STEPS: Mapping[str, Step] = {"direct": direct_step, "split": split_step, "columns": columns_step}
+STEPS = {"direct": direct_step, "split": split_step, "columns": columns_step}
 
 
-def work_out(chain: Chain, style: str, slips: Callable[[], bool]) -> tuple[str, int]:
-    """The reasoning of a chain in one style, and the result it ends on. LeavesRange when slips lead astray."""
+def work_out(chain: Chain, style: str, slips: Slips) -> tuple[str, int] | None:
+    """The reasoning of a chain in one style, and the result it ends on; None when slips lead out of 0..LARGEST."""
     text, value = str(chain.start), chain.start
     for op, operand in chain.steps:
         if not 0 <= apply(value, op, operand) <= LARGEST:
-            raise LeavesRange
+            return None
         part, value = STEPS[style](value, op, operand, slips)
         text += part
     return text, value
@@ -218,24 +185,31 @@ class Arithmetic(GeneratedTask[Chain, Settings]):
     """Chains of additions and subtractions; see the head of the module."""
 
     name = "arithmetic"
-    shares = SHARES
+    shares: ClassVar = {"base": 0.70, "train": 0.16, "validation": 0.05, "test": 0.09}
     settings = Settings
     styles = get_args(Style)
 
     def draw(self, rng: random.Random, cell: str, settings: Settings) -> Chain:
-        return draw_chain(rng, cell)
+        """A chain of the cell whose intermediate values stay within 0..LARGEST."""
+        steps, size = parse_cell(cell)
+        low, high = 10 ** (DIGITS[size] - 1), 10 ** DIGITS[size] - 1
+        start = value = rng.randint(max(low, 10), max(high, 99))
+        operations: list[tuple[str, int]] = []
+        while len(operations) < steps:
+            op, operand = rng.choice("+-"), rng.randint(low, high)
+            if 0 <= apply(value, op, operand) <= LARGEST:
+                value = apply(value, op, operand)
+                operations.append((op, operand))
+        return Chain(start, tuple(operations))
 
     def teach(self, rng: random.Random, problem: Chain, cell: str, settings: Settings) -> Trace:
         if rng.random() < settings.non_thinking:
             return Trace(str(problem.value), thinking=False, style="answer")
         style = rng.choices(list(settings.styles), list(settings.styles.values()))[0]
         rate = settings.slips[style][parse_cell(cell)[1]]
-        while True:
-            try:
-                reasoning, result = work_out(problem, style, lambda: rng.random() < rate)
-            except LeavesRange:
-                continue
-            return Trace(thinking_response(reasoning, str(result)), thinking=True, style=style)
+        while (work := work_out(problem, style, lambda: rng.random() < rate)) is None:
+            pass  # the teacher starts over
+        return Trace(thinking_response(*work), thinking=True, style=style)
 
     def ask(self, problem: Chain, cell: str) -> tuple[str, str, dict[str, Any]]:
         steps, size = parse_cell(cell)
@@ -244,7 +218,7 @@ class Arithmetic(GeneratedTask[Chain, Settings]):
     def canonical_answer(self, response: str) -> str | None:
         """The integer after the thinking block, without leading zeros; None when there is anything else."""
         answer = visible_answer(response)
-        return str(int(answer)) if _INTEGER.fullmatch(answer) else None
+        return str(int(answer)) if re.fullmatch(r"-?[0-9]{1,12}", answer) else None
 
     def vocabulary_corpus(self) -> list[str]:
         """Chat and prompt words only: merges of operators would hide where a step ends."""

@@ -13,12 +13,10 @@ Split by the multiset of numbers and the target.
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -26,23 +24,19 @@ from ziprc.chat import visible_answer
 from ziprc.config.base import Unit
 from ziprc.tasks.base import Trace, thinking_response
 from ziprc.tasks.expressions import parse_expression
-from ziprc.tasks.generated import GeneratedTask, MixSettings, Weighs, Weight
+from ziprc.tasks.generated import GeneratedTask, MixSettings, Weight
 
-SHARES = {"base": 0.60, "train": 0.20, "validation": 0.06, "test": 0.14}
 LARGEST = 99  # of every intermediate value
-LARGEST_OPERAND = 20
-
-CELL = r"^([2-5]) numbers$"  # of the mix
 
 
 class Settings(MixSettings):
     """`prompts.settings` of this task."""
 
-    mix: Annotated[dict[Annotated[str, Field(pattern=CELL)], Weight], Weighs] = Field(
+    mix: dict[Annotated[str, Field(pattern=r"^([2-5]) numbers$")], Weight] = Field(
         {"3 numbers": 0.3, "4 numbers": 0.5, "5 numbers": 0.2},
         description="share of the prompts by cell, '<2 to 5> numbers'",
     )
-    max_operand: int = Field(LARGEST_OPERAND, ge=2, le=LARGEST_OPERAND, description="largest number to calculate with")
+    max_operand: int = Field(20, ge=2, le=20, description="largest number to calculate with")
     attempts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (2, 4, 8, 14), min_length=1, description="attempts after which a trace gives up; each trace draws one of these"
     )
@@ -59,7 +53,7 @@ class Problem:
 
     @property
     def canonical(self) -> str:
-        return f"make {self.target} from {','.join(str(number) for number in sorted(self.numbers))}"
+        return f"make {self.target} from {','.join(map(str, sorted(self.numbers)))}"
 
 
 @dataclass(frozen=True)
@@ -74,15 +68,13 @@ class Attempt:
     def text(self) -> str:
         """`5*3=15-2=13`"""
         steps = zip(self.ops, self.numbers[1:], self.values[1:], strict=True)
-        return str(self.numbers[0]) + "".join(f"{op}{number}={value}" for op, number, value in steps)
+        return f"{self.numbers[0]}" + "".join(f"{op}{number}={value}" for op, number, value in steps)
 
     @property
     def expression(self) -> str:
         """`(5*3)-2`: everything before the last operation in parentheses."""
-        text = str(self.numbers[0])
-        for index, (op, number) in enumerate(zip(self.ops, self.numbers[1:], strict=True)):
-            text = f"({text}){op}{number}" if index else f"{text}{op}{number}"
-        return text
+        first, *rest = (f"{op}{number}" for op, number in zip(self.ops, self.numbers[1:], strict=True))
+        return "(" * len(rest) + ")".join([f"{self.numbers[0]}{first}", *rest])
 
 
 def step(value: int, op: str, number: int) -> int | None:
@@ -93,106 +85,51 @@ def step(value: int, op: str, number: int) -> int | None:
     return result if 0 <= result <= LARGEST else None
 
 
-def chains(numbers: Sequence[int]) -> list[Attempt]:
-    """All distinct chains over the numbers that stay within 0..LARGEST."""
-    found: dict[tuple[tuple[int, ...], str], Attempt] = {}
-    for order in sorted(set(itertools.permutations(numbers))):
-        partial = [("", (order[0],))]
-        for number in order[1:]:
-            partial = [
-                (ops + op, (*values, result))
-                for ops, values in partial
-                for op in "+-*/"
-                if (result := step(values[-1], op, number)) is not None
-            ]
-        found.update({(order, ops): Attempt(order, ops, values) for ops, values in partial})
-    return list(found.values())
-
-
-def solve(numbers: Sequence[int], target: int) -> str | None:
-    """An expression that makes the target from all the numbers, found exactly over every tree and fraction; or None."""
-    return _solve(tuple((Fraction(number), str(number)) for number in numbers), Fraction(target))
-
-
-def _solve(items: tuple[tuple[Fraction, str], ...], target: Fraction) -> str | None:
-    if len(items) == 1:
-        return items[0][1] if items[0][0] == target else None
-    for i, j in itertools.permutations(range(len(items)), 2):
-        rest = tuple(item for k, item in enumerate(items) if k not in (i, j))
-        for joined in _joined(items[i], items[j], commutes=i < j):
-            if found := _solve((*rest, joined), target):
-                return found
-    return None
-
-
-def _joined(left: tuple[Fraction, str], right: tuple[Fraction, str], commutes: bool) -> Iterator[tuple[Fraction, str]]:
-    """Both ways of joining that need an order, and those that commute only once."""
-    (a, text_a), (b, text_b) = left, right
-    yield a - b, f"({text_a}-{text_b})"
-    if b:
-        yield a / b, f"({text_a}/{text_b})"
-    if commutes:
-        yield a + b, f"({text_a}+{text_b})"
-        yield a * b, f"({text_a}*{text_b})"
-
-
-def draw_problem(rng: random.Random, cell: str, max_operand: int) -> Problem:
-    """Random numbers and the value of a random chain over them as the target."""
-    size = int(cell.partition(" ")[0])
-    while True:
-        numbers = tuple(rng.randint(1, max_operand) for _ in range(size))
-        attempt = draw_attempt(rng, numbers)
-        if attempt and attempt.values[-1] > 0:
-            return Problem(tuple(rng.sample(numbers, size)), attempt.values[-1], attempt.expression)
-
-
 def draw_attempt(rng: random.Random, numbers: Sequence[int], target: int | None = None) -> Attempt | None:
     """A random chain; with a target, the last operation looks one step ahead. None when it gets stuck."""
     order, ops = tuple(rng.sample(list(numbers), len(numbers))), ""
-    values: list[int] = [order[0]]
-    for index, number in enumerate(order[1:], 1):
-        open_ops = [op for op in "+-*/" if step(values[-1], op, number) is not None]
-        if not open_ops:
+    values = [order[0]]
+    for number in order[1:]:
+        results = {op: value for op in "+-*/" if (value := step(values[-1], op, number)) is not None}
+        if not results:
             return None
-        hits = [op for op in open_ops if index == len(order) - 1 and step(values[-1], op, number) == target]
-        op = rng.choice(hits or open_ops)
-        result = step(values[-1], op, number)
-        assert result is not None
-        ops += op
-        values.append(result)
+        hits = [op for op, value in results.items() if value == target and len(values) == len(order) - 1]
+        ops += rng.choice(hits or list(results))
+        values.append(results[ops[-1]])
     return Attempt(order, ops, tuple(values))
-
-
-def search_trace(rng: random.Random, problem: Problem, attempts: int) -> tuple[str, str]:
-    """(reasoning, answer) of the teacher: distinct attempts until a hit or the end of its patience."""
-    text, tried, last = "", set(), None
-    for _ in range(attempts * 4):
-        attempt = draw_attempt(rng, problem.numbers, problem.target)
-        if attempt is None or (attempt.numbers, attempt.ops) in tried:
-            continue
-        tried.add((attempt.numbers, attempt.ops))
-        last, value = attempt, attempt.values[-1]
-        text += attempt.text + ("!" if value == problem.target else "<" if value < problem.target else ">")
-        if value == problem.target or len(tried) == attempts:
-            break
-    return text, last.expression if last else problem.solution
 
 
 class Countdown(GeneratedTask[Problem, Settings]):
     """See the head of the module."""
 
     name = "countdown"
-    shares = SHARES
+    shares: ClassVar = {"base": 0.60, "train": 0.20, "validation": 0.06, "test": 0.14}
     settings = Settings
     styles = ("claims a hit", "gives up")
 
     def draw(self, rng: random.Random, cell: str, settings: Settings) -> Problem:
-        return draw_problem(rng, cell, settings.max_operand)
+        """Random numbers and the value of a random chain over them as the target."""
+        size = int(cell.partition(" ")[0])
+        while True:
+            numbers = tuple(rng.randint(1, settings.max_operand) for _ in range(size))
+            attempt = draw_attempt(rng, numbers)
+            if attempt and attempt.values[-1] > 0:
+                return Problem(tuple(rng.sample(numbers, size)), attempt.values[-1], attempt.expression)
 
     def teach(self, rng: random.Random, problem: Problem, cell: str, settings: Settings) -> Trace:
         if rng.random() < settings.non_thinking:
             return Trace(problem.solution, thinking=False, style="answer")
-        text, answer = search_trace(rng, problem, rng.choice(settings.attempts))
+        patience = rng.choice(settings.attempts)
+        text, answer, tried = "", problem.solution, set()
+        for _ in range(patience * 4):
+            attempt = draw_attempt(rng, problem.numbers, problem.target)
+            if attempt is None or attempt in tried:
+                continue
+            tried.add(attempt)
+            value, answer = attempt.values[-1], attempt.expression
+            text += attempt.text + ("!" if value == problem.target else "<" if value < problem.target else ">")
+            if value == problem.target or len(tried) == patience:
+                break
         style = "claims a hit" if "!" in text else "gives up"
         return Trace(thinking_response(text, answer), thinking=True, style=style)
 

@@ -14,9 +14,13 @@ pseudo-random points modulo a large prime, which is exact up to a chance of abou
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 from ziprc.errors import UserError
 
@@ -24,6 +28,8 @@ MAX_LENGTH = 200
 MAX_DEPTH = 20
 MAX_DIGITS = 9
 _PRIME = 2**61 - 1
+EXACT = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+MODULAR = EXACT | {"/": lambda left, right: left * pow(right, -1, _PRIME)}
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 
 
@@ -40,58 +46,47 @@ class Expression:
     left: Expression | None = None
     right: Expression | None = None
 
+    def fold(self, number: Callable[[int], Any], operators: Mapping[str, Callable[[Any, Any], Any]]) -> Any:
+        """What the tree comes to when its numbers and operators are these."""
+        if self.op is None or self.left is None or self.right is None:
+            return number(self.number)
+        return operators[self.op](self.left.fold(number, operators), self.right.fold(number, operators))
+
     def value(self) -> Fraction:
         """The exact value; ZeroDivisionError where it divides by zero."""
-        if self.op is None or self.left is None or self.right is None:
-            return Fraction(self.number)
-        left, right = self.left.value(), self.right.value()
-        if self.op == "+":
-            return left + right
-        if self.op == "-":
-            return left - right
-        return left * right if self.op == "*" else left / right
+        return self.fold(Fraction, EXACT)
 
     def numbers(self) -> tuple[int, ...]:
         """The operands from left to right."""
-        if self.left is None or self.right is None:
-            return (self.number,)
-        return self.left.numbers() + self.right.numbers()
+        return self.fold(lambda number: (number,), dict.fromkeys(EXACT, operator.add))
 
     def canonical(self) -> str:
         """Equal for equivalent expressions: the sorted operands and a fingerprint of the rational function."""
-        operands = ",".join(str(number) for number in sorted(self.numbers()))
+
+        def point(salt: str, number: int) -> int:
+            return int.from_bytes(hashlib.blake2b(f"{salt} {number}".encode(), digest_size=8).digest(), "big") % _PRIME
+
+        operands = ",".join(map(str, sorted(self.numbers())))
         try:
-            prints = [_residue(self, salt) for salt in ("first", "second")]
-        except ZeroDivisionError:
+            prints = [self.fold(partial(point, salt), MODULAR) % _PRIME for salt in ("first", "second")]
+        except ValueError:  # a divisor that has no inverse is zero
             return f"{operands}:undefined"
         return f"{operands}:" + "".join(f"{residue:016x}" for residue in prints)
-
-
-def _residue(expression: Expression, salt: str) -> int:
-    """Value modulo the prime, with every operand replaced by a pseudo-random number of its own."""
-    if expression.left is None or expression.right is None:
-        digest = hashlib.blake2b(f"{salt} {expression.number}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % _PRIME
-    left, right = _residue(expression.left, salt), _residue(expression.right, salt)
-    if expression.op == "/" and right == 0:
-        raise ZeroDivisionError
-    inverse = pow(right, -1, _PRIME) if expression.op == "/" else 0
-    results = {"+": left + right, "-": left - right, "*": left * right, "/": left * inverse}
-    return results[expression.op or "+"] % _PRIME
 
 
 def parse_expression(text: str) -> Expression:
     """The expression that the whole text is; ExpressionError (a ValueError) says where it is none."""
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"an expression of {len(text)} characters; at most {MAX_LENGTH} are read")
-    reader = _Reader(_tokens(text))
-    expression = reader.sum(depth=0)
-    if reader.peek() is not None:
-        raise ExpressionError(f"'{reader.peek()}' follows a complete expression in '{text}'")
+    tokens = _tokens(text)
+    expression = _sum(tokens, depth=0)
+    if tokens[-1]:
+        raise ExpressionError(f"'{tokens[-1]}' follows a complete expression in '{text}'")
     return expression
 
 
 def _tokens(text: str) -> list[str]:
+    """The tokens, last one first, below them an empty one for the end."""
     tokens, position, text = [], 0, text.strip()
     while position < len(text):
         match = _TOKEN.match(text, position)
@@ -100,45 +95,35 @@ def _tokens(text: str) -> list[str]:
             raise ExpressionError(f"'{found}' is no integer, operator or parenthesis in '{text}'")
         tokens.append(match[1])
         position = match.end()
-    return tokens
+    return ["", *reversed(tokens)]
 
 
-class _Reader:
-    """Recursive descent over the tokens; one method per rule of the grammar."""
+# Recursive descent, one function per rule of the grammar; each takes its tokens off the end of the list.
 
-    def __init__(self, tokens: list[str]) -> None:
-        self._tokens, self._next = tokens, 0
 
-    def peek(self) -> str | None:
-        return self._tokens[self._next] if self._next < len(self._tokens) else None
+def _sum(tokens: list[str], depth: int) -> Expression:
+    left = _product(tokens, depth)
+    while tokens[-1] in ("+", "-"):
+        left = Expression(tokens.pop(), left=left, right=_product(tokens, depth))
+    return left
 
-    def take(self) -> str:
-        token = self.peek()
-        if token is None:
-            raise ExpressionError("the expression ends where a number or '(' should come")
-        self._next += 1
-        return token
 
-    def sum(self, depth: int) -> Expression:
-        left = self.product(depth)
-        while self.peek() in ("+", "-"):
-            left = Expression(self.take(), left=left, right=self.product(depth))
-        return left
+def _product(tokens: list[str], depth: int) -> Expression:
+    left = _atom(tokens, depth)
+    while tokens[-1] in ("*", "/"):
+        left = Expression(tokens.pop(), left=left, right=_atom(tokens, depth))
+    return left
 
-    def product(self, depth: int) -> Expression:
-        left = self.atom(depth)
-        while self.peek() in ("*", "/"):
-            left = Expression(self.take(), left=left, right=self.atom(depth))
-        return left
 
-    def atom(self, depth: int) -> Expression:
-        token = self.take()
-        if token.isdigit():
-            return Expression(None, number=int(token))
-        if token != "(" or depth >= MAX_DEPTH:
-            raise ExpressionError(f"'{token}' where a number or '(' should come, or more than {MAX_DEPTH} deep")
-        inside = self.sum(depth + 1)
-        if self.peek() != ")":
-            raise ExpressionError("a parenthesis is not closed")
-        self.take()
-        return inside
+def _atom(tokens: list[str], depth: int) -> Expression:
+    token = tokens.pop()
+    if not token:
+        raise ExpressionError("the expression ends where a number or '(' should come")
+    if token.isdigit():
+        return Expression(None, number=int(token))
+    if token != "(" or depth >= MAX_DEPTH:
+        raise ExpressionError(f"'{token}' where a number or '(' should come, or more than {MAX_DEPTH} deep")
+    inside = _sum(tokens, depth + 1)
+    if tokens.pop() != ")":
+        raise ExpressionError("a parenthesis is not closed")
+    return inside

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Generic, Protocol, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, field_validator
 
 from ziprc.config.base import Section
 from ziprc.errors import UserError
@@ -21,23 +21,15 @@ from ziprc.tasks.base import Prompt, Trace, check_split, prompt_id, split_of, us
 DRAWS_PER_PROMPT = 400
 
 
-def _weighs(mix: dict[str, float]) -> dict[str, float]:
-    if not any(mix.values()):
-        raise ValueError("needs at least one weight above zero")
-    return mix
-
-
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Weighs = AfterValidator(_weighs)
 
 
 def apportion(count: int, mix: Mapping[str, float]) -> dict[str, int]:
     """Whole numbers near count·share that sum to count (largest remainders; ties by order)."""
-    positive = {cell: float(weight) for cell, weight in mix.items() if weight > 0}
-    exact = {cell: count * weight / sum(positive.values()) for cell, weight in positive.items()}
+    total = sum(mix.values())
+    exact = {cell: count * weight / total for cell, weight in mix.items() if weight > 0}
     counts = {cell: int(value) for cell, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda cell: counts[cell] - exact[cell])
-    for cell in by_remainder[: count - sum(counts.values())]:
+    for cell in sorted(exact, key=lambda cell: counts[cell] - exact[cell])[: count - sum(counts.values())]:
         counts[cell] += 1
     return counts
 
@@ -45,10 +37,7 @@ def apportion(count: int, mix: Mapping[str, float]) -> dict[str, int]:
 class Problem(Protocol):
     """What a generated task draws."""
 
-    @property
-    def canonical(self) -> str:
-        """Equal for problems that are the same problem to a reader."""
-        ...
+    canonical: str  # equal for problems that are the same problem to a reader
 
 
 class MixSettings(Section):
@@ -56,13 +45,20 @@ class MixSettings(Section):
 
     mix: dict[str, Weight]
 
+    @field_validator("mix", "styles", check_fields=False)
+    @classmethod
+    def _weighs(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not any(weights.values()):
+            raise ValueError("needs at least one weight above zero")
+        return weights
+
 
 P = TypeVar("P", bound=Problem)
 M = TypeVar("M", bound=MixSettings)
 
 
 class GeneratedTask(Generic[P, M]):
-    """A task whose problems are drawn at random, cell by cell of a difficulty mix, and taught by a teacher's traces."""
+    """See the head of the module."""
 
     name: str
     shares: Mapping[str, float]  # of the splits
@@ -89,7 +85,7 @@ class GeneratedTask(Generic[P, M]):
     def prompts(self, settings: Mapping[str, Any], split: str, count: int, seed: int) -> list[Prompt]:
         """`count` distinct problems of a split in exactly the mix of the settings, shuffled.
 
-        Problems are rejected inside their cell, so the mix is the one asked for. UserError for a cell that is too small.
+        UserError for a cell that is too small.
         """
         check_split(split)
         options = self.settings.model_validate(settings)
@@ -101,9 +97,8 @@ class GeneratedTask(Generic[P, M]):
                 if len(found) == wanted:
                     break
                 problem = self.draw(rng, cell, options)
-                content = problem.canonical
-                if content not in seen and split_of(content, self.shares) == split:
-                    seen.add(content)
+                if problem.canonical not in seen and split_of(problem.canonical, self.shares) == split:
+                    seen.add(problem.canonical)
                     found.append(self.prompt(problem, cell, split))
             if len(found) < wanted:
                 raise UserError(

@@ -1,13 +1,9 @@
 """Prompts of any Hub data set, or of a local file, by column mapping; and the named benchmarks.
 
-The stage `prompts` is where an experiment with Hub data touches the network. Splits come either from the data set's
-own splits (`splits: {train: "train[2000:]", test: test}`, cut as the library `datasets` cuts; a local file is one split,
-`train`), or, where it has only one, by the hash of the problem text. With `benchmarks` the test prompts are theirs and
-the data set is for training. Their golds are final answers (MATH-500's `answer` column and what follows `####` in GSM8K,
-where the original systems graded against whole solutions).
-
-No problem is in two splits, even where it stands in two data sets: `validation` leaves out what is in `test`, and `train`
-what is in either.
+Splits come either from the data set's own (`splits: {train: "train[2000:]", test: test}`, cut as the library `datasets`
+cuts; a local file is one split, `train`) or from the hash of the problem text. With `benchmarks` the test prompts are
+theirs and the data set is for training; their golds are final answers, where the original systems graded against whole
+solutions. No problem is in two splits: `validation` leaves out what is in `test`, and `train` what is in either.
 """
 
 from __future__ import annotations
@@ -90,7 +86,6 @@ class Part:
     name: str
     split: str
     whole: bool
-    instruction: str
 
 
 class Hub:
@@ -111,7 +106,7 @@ class Hub:
         for part in parts(options, split):
             rows = load_rows(part.data, part.split)
             random.Random(f"hub {shuffle_seed}").shuffle(rows)
-            found = [prompt for prompt in self._prompts(part, rows, split) if content(prompt.messages) not in held_out]
+            found = [p for p in self._prompts(part, rows, split, options) if content(p.messages) not in held_out]
             if not found:
                 also = f"; what is in {' or '.join(HELD_OUT[split])} too is left out" if held_out else ""
                 raise UserError(
@@ -119,25 +114,23 @@ class Hub:
                 )
             for prompt in found:
                 prompts.setdefault(prompt.prompt_id, prompt)
-                if len(prompts) == count:
-                    return list(prompts.values())
-        return list(prompts.values())
+            if count and len(prompts) >= count:
+                break
+        return list(prompts.values())[: count or None]
 
     def canonical_answer(self, response: str) -> str | None:
         """The last boxed answer, else what follows ####, else a short answer as it stands, else the last number."""
         answer = visible_answer(response)
-        boxed = last_boxed(answer)
-        if boxed is not None:
+        if (boxed := last_boxed(answer)) is not None:
             return normalise(boxed)
-        marked = answer.rpartition("####")
-        if marked[1]:
-            return normalise(marked[2])
+        if "####" in answer:
+            return normalise(answer.rpartition("####")[2])
         if len(answer) <= _SHORT and "\n" not in answer:
             return normalise(answer)
         numbers = _NUMBER.findall(answer)
         return normalise(numbers[-1]) if numbers else None
 
-    def _prompts(self, part: Part, rows: list[dict[str, Any]], split: str) -> Iterator[Prompt]:
+    def _prompts(self, part: Part, rows: list[dict[str, Any]], split: str, options: Settings) -> Iterator[Prompt]:
         """The rows that are of the split, as prompts; UserError when a column that the settings name is in no row."""
         data = part.data
         columns = {column for row in rows for column in row}
@@ -148,19 +141,14 @@ class Hub:
                     f"{', '.join(sorted(columns))}. Set `prompt_column` and `answer_column`."
                 )
         for row in rows:
-            if not row.get(data.prompt_column):
-                continue
-            messages = chat_messages(row[data.prompt_column], part.instruction, data)
-            if part.whole or split_of(content(messages), SHARES) == split:
-                yield Prompt(
-                    prompt_id=prompt_id(self.name, part.name, content(messages)),
-                    task=self.name,
-                    source=part.name,
-                    split=split,
-                    messages=messages,
-                    answer=gold(row.get(data.answer_column), data.answer_marker),
-                    difficulty=str(row.get(data.difficulty_column)) if data.difficulty_column else part.name,
-                )
+            problem = row.get(data.prompt_column)
+            messages = chat_messages(problem, options.instruction, data) if problem else ()
+            if problem and (part.whole or split_of(content(messages), SHARES) == split):
+                name = prompt_id(self.name, part.name, content(messages))
+                answer = "" if (answer := row.get(data.answer_column)) is None else str(answer)
+                gold = (answer.rpartition(data.answer_marker)[2] if data.answer_marker else answer).strip() or None
+                difficulty = str(row.get(data.difficulty_column)) if data.difficulty_column else part.name
+                yield Prompt(name, self.name, part.name, split, messages, gold, difficulty)
 
     def _held_out(self, options: Settings, split: str) -> Iterator[str]:
         """Contents of the problems that the split must not share. Where the hash cuts both, it cuts by content already."""
@@ -169,7 +157,7 @@ class Hub:
             if named or (split in options.splits and not options.benchmarks):
                 for part in parts(options, other):
                     rows = load_rows(part.data, part.split)
-                    yield from (content(prompt.messages) for prompt in self._prompts(part, rows, other))
+                    yield from (content(prompt.messages) for prompt in self._prompts(part, rows, other, options))
 
 
 TASK = Hub()
@@ -178,8 +166,7 @@ TASK = Hub()
 def parts(options: Settings, split: str) -> list[Part]:
     """What the split is read from: the benchmarks for `test`, else the data set."""
     if split == "test" and options.benchmarks:
-        data = {name: BENCHMARKS[name] for name in options.benchmarks}
-        return [Part(source, name, source.split, True, options.instruction) for name, source in data.items()]
+        return [Part(BENCHMARKS[name], name, BENCHMARKS[name].split, True) for name in options.benchmarks]
     if not options.dataset:
         raise UserError(
             f"hub: name a `dataset` (Hub id, or path of a {', '.join(FORMATS)} file) for the split '{split}'"
@@ -189,16 +176,15 @@ def parts(options: Settings, split: str) -> list[Part]:
     if split != "train" and options.benchmarks and not named:
         raise UserError(f"hub: beside benchmarks '{options.dataset}' has no split '{split}'; name it in `splits`.")
     theirs = options.splits.get(split, options.split)
-    return [Part(options, options.dataset, theirs, named or bool(options.benchmarks), options.instruction)]
+    return [Part(options, options.dataset, theirs, named or bool(options.benchmarks))]
 
 
 def chat_messages(problem: Any, instruction: str, data: Source) -> tuple[dict[str, str], ...]:
     """A problem text, or a list of messages as some data sets have it, as messages."""
     if isinstance(problem, str):
         return user_message(f"{problem}\n{instruction}" if instruction else problem)
-    if not isinstance(problem, list) or not all(
-        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in problem
-    ):
+    wanted = {"role", "content"}
+    if not isinstance(problem, list) or not all(isinstance(m, Mapping) and wanted <= set(m) for m in problem):
         raise UserError(
             f"hub: '{data.dataset}', column '{data.prompt_column}': expected a text or a list of messages with role and "
             f"content, found {str(problem)[:100]!r}."
@@ -206,22 +192,27 @@ def chat_messages(problem: Any, instruction: str, data: Source) -> tuple[dict[st
     return tuple({"role": str(message["role"]), "content": str(message["content"])} for message in problem)
 
 
-def gold(answer: Any, marker: str | None) -> str | None:
-    """The answer column as text; with a marker, what follows its last occurrence."""
-    if answer is None:
-        return None
-    text = str(answer)
-    return (text.rpartition(marker)[2] if marker else text).strip() or None
-
-
 def load_rows(data: Source, split: str) -> list[dict[str, Any]]:
-    """All rows of a split, or of a slice of one, on the Hub or in a local file."""
+    """All rows of a split, or of a slice of one, on the Hub or in a local file.
+
+    The boundary to the network: whatever fails there becomes one message.
+    """
     path = Path(data.dataset or "")
     if path.suffix in FORMATS:
         return file_rows(path, split)
     if path.is_file():
         raise UserError(f"hub: {path} is in none of the formats that are read: {', '.join(FORMATS)}.")
-    return hub_rows(data, split)
+    import datasets
+
+    try:
+        return list(datasets.load_dataset(data.dataset, data.config, split=split, revision=data.revision))
+    except Exception as error:
+        raise UserError(
+            f"The stage `prompts` needs network to read the data set '{data.dataset}' (split '{split}') from the Hugging "
+            f"Face Hub, and it could not be read: {type(error).__name__}: {str(error)[:300]}. On a machine with network, "
+            "run `make fetch EXPERIMENT=<experiment>`; it fills the cache at HF_HOME, which this machine then reads "
+            "offline. Every later stage works without network."
+        ) from error
 
 
 def file_rows(path: Path, split: str) -> list[dict[str, Any]]:
@@ -265,21 +256,6 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and None not in row for row in rows):
         raise ValueError("expected a list of rows, each with the same named columns")
     return rows
-
-
-def hub_rows(data: Source, split: str) -> list[dict[str, Any]]:
-    """Rows of a Hub split. The boundary to the network: whatever fails there becomes one message."""
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(data.dataset, data.config, split=split, revision=data.revision))
-    except Exception as error:
-        raise UserError(
-            f"The stage `prompts` needs network to read the data set '{data.dataset}' (split '{split}') from the Hugging "
-            f"Face Hub, and it could not be read: {type(error).__name__}: {str(error)[:300]}. On a machine with network, "
-            "run `make fetch EXPERIMENT=<experiment>`; it fills the cache at HF_HOME, which this machine then reads "
-            "offline. Every later stage works without network."
-        ) from error
 
 
 def last_boxed(text: str) -> str | None:
