@@ -51,6 +51,7 @@ ANSWERS = {
     "verify results/mad": "did you mean 'made'",
     "summary results/nope": "There is no folder results/nope",
     "sample x --checkpoint results/made --budget 0": "--budget counts samples and must be at least 1, found 0",
+    "sample x --checkpoint results/made --budget nan": "must be at least 1, found nan",
     "sample x --checkpoint results/made --policy zip-rc-pluss": "did you mean 'zip-rc-plus'",
     "sample x --checkpoint results/nope": "There is no checkpoint results/nope",
     "why metrics.json": "A target is a file by its path",

@@ -723,11 +723,6 @@ def test_the_terminal_gets_colours_only_when_it_is_one(experiment: World, monkey
     assert "\x1b[30;48;5;" in inspection.inspect_text(experiment.layout.home, count=1)
 
 
-def test_inspect_says_how_to_build_what_is_missing(tmp_path: Path):
-    with pytest.raises(UserError, match=r"introspection/lite\.parquet does not exist.*make"):
-        inspection.inspect_html(tmp_path / "smoke", "lite")
-
-
 def test_inspected_rollouts_spread_over_cells_and_outcomes(experiment: World):
     loaded = inspection.load_rollouts(experiment.layout, "ziprc", 4)
     assert {(r.difficulty, r.score) for r in loaded} == {
@@ -764,7 +759,7 @@ def test_costs_are_read_from_the_provenance(tmp_path: Path):
     context = World(Config.model_validate({"prompts": {"train": 3}}), layout).context("prompts", "train")
     perform(prompts.run, context)
     (cost,) = costs(read_provenance(layout))
-    assert cost.job == "prompts train" and cost.seconds < 60 and cost.peak_mib > 10
+    assert cost["job"] == "prompts train" and cost["seconds"] < 60 and cost["peak_mib"] > 10
 
 
 def test_the_summary_has_a_row_per_target_and_a_column_per_run(tmp_path: Path) -> None:

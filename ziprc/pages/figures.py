@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +18,28 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
+from ziprc.joint.distribution import JointDistribution
 from ziprc.sampling.families import PLUS, PUBLISHED
 
 INK = "#010203"  # replaced by currentColor
 ACCENT = "#2f7fd1"
-COLOURS = {
-    "ziprc": ACCENT,
-    "lite": "#8f6fd6",
-    "probe": "#d9822b",
-    "logprob": "#3a9d6a",
-    "length": "#c0567f",
-    "constant": "#8a8f98",
-}
-POLICIES = {PLUS: ACCENT, PUBLISHED: "#8f6fd6", "majority": "#d9822b"}  # the families that have a colour
-RIVAL = "#8a8f98"  # all others
+VIOLET, ORANGE, GREEN, GREY = "#8f6fd6", "#d9822b", "#3a9d6a", "#8a8f98"
+COLOURS = {"ziprc": ACCENT, "lite": VIOLET, "probe": ORANGE, "logprob": GREEN, "length": "#c0567f", "constant": GREY}
+POLICIES = {PLUS: ACCENT, PUBLISHED: VIOLET, "majority": ORANGE}  # the families that have a colour
+RIVAL = GREY  # all others
 ENVELOPE = "#c0567f"  # the best of the competitors at each budget
 NEAR_EDGE = 0.9  # of the longest line: those that end before have no name beside them
 LABEL_GAP = 0.034  # of the height of the axes: nearer than that, labels at the ends of lines overlap
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.titlesize": 10,
-    "legend.frameon": False,
-}
-
-
-def _slug(text: str) -> str:
-    """Text as a part of an id."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-")
+DASHED = {"color": INK, "linewidth": 0.6, "linestyle": (0, (4, 4))}
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "legend.frameon": False, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "axes.titlesize": 10, "xtick.color": INK, "ytick.color": INK,
+}  # fmt: skip
+PNG: dict[str, Any] = {"dpi": 160, "facecolor": "white", "bbox_inches": "tight", "metadata": {"Software": None}}
 
 
 def _svg(figure: Figure, name: str, title: str) -> Markup:
@@ -77,11 +58,6 @@ def _svg(figure: Figure, name: str, title: str) -> Markup:
     return Markup(text.replace(width[0], style, 1).replace(INK, "currentColor"))
 
 
-def _panel(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_subplot()
-
-
 def _bars(records: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
     """[2, n] distances down and up to the ends of the intervals; 0 where there is none."""
     ends = [[(r["value"] if r[side] is None else r[side]) for side in ("low", "high")] for r in records]
@@ -89,62 +65,56 @@ def _bars(records: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
     return np.abs(np.array(ends, dtype=float).T.reshape(2, -1) - values)
 
 
+@matplotlib.rc_context(STYLE)
 def reliability(moment: str, curve: Sequence[Mapping[str, Any]], ece: Mapping[str, Any]) -> Markup:
     """Observed against predicted score at one moment or budget; areas of the dots show how many rollouts."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(2.6, 2.5)
-        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.6, linestyle=(0, (4, 4)))
-        x = [r["predicted"] for r in curve]
-        y = [r["observed"] for r in curve]
-        share = np.array([r["count"] for r in curve]) / max(sum(r["count"] for r in curve), 1)
-        values = [r["value"] for r in y]
-        axes.errorbar(x, values, yerr=_bars(y), fmt="none", ecolor=ACCENT, elinewidth=1)
-        axes.scatter(x, values, s=12 + 160 * share, color=ACCENT, zorder=3, clip_on=False)
-        axes.set(
-            xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="observed", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
-        )
-        error = "" if ece["value"] is None else f": ECE {ece['value']:.3f}"
-        axes.set_title(f"{moment}{error}", loc="left")
-    return _svg(figure, f"reliability-{_slug(moment)}", f"Reliability at {moment}")
+    axes = Figure(figsize=(2.6, 2.5)).add_subplot()
+    axes.plot([0, 1], [0, 1], **DASHED)
+    x, y = [r["predicted"] for r in curve], [r["observed"] for r in curve]
+    share = np.array([r["count"] for r in curve]) / max(sum(r["count"] for r in curve), 1)
+    values = [r["value"] for r in y]
+    axes.errorbar(x, values, yerr=_bars(y), fmt="none", ecolor=ACCENT, elinewidth=1)
+    axes.scatter(x, values, s=12 + 160 * share, color=ACCENT, zorder=3, clip_on=False)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="observed", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    error = "" if ece["value"] is None else f": ECE {ece['value']:.3f}"
+    axes.set_title(f"{moment}{error}", loc="left")
+    slug = re.sub(r"[^\w.-]+", "-", moment).strip("-")
+    return _svg(axes.figure, f"reliability-{slug}", f"Reliability at {moment}")
 
 
+@matplotlib.rc_context(STYLE)
 def over_moments(metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> Markup:
     """One line per predictor along the response, with intervals."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(4.2, 2.9)
-        _lines(axes, metric, title, prediction, moments)
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, columnspacing=1.2, handlelength=1.4)
-    return _svg(figure, f"moments-{metric}", title)
+    axes = Figure(figsize=(4.2, 2.9)).add_subplot()
+    _lines(axes, metric, title, prediction, moments)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=3, columnspacing=1.2, handlelength=1.4)
+    return _svg(axes.figure, f"moments-{metric}", title)
 
 
 def _lines(axes: Axes, metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> None:
     names = [name for name in COLOURS if name in prediction and name != "constant"]
     for i, name in enumerate(names):
         found = [(k, prediction[name][m][metric]) for k, m in enumerate(moments)]
-        found = [(k, r) for k, r in found if r["value"] is not None]
-        records = [r for _, r in found]
-        at = np.array([k for k, _ in found]) + (i - len(names) / 2) * 0.05
+        records = [r for _, r in found if r["value"] is not None]
+        at = np.array([k for k, r in found if r["value"] is not None]) + (i - len(names) / 2) * 0.05
         axes.errorbar(
             at, [r["value"] for r in records], yerr=_bars(records), label=name, color=COLOURS[name],
             marker="o", markersize=3.5, linewidth=2 if name == "ziprc" else 1, elinewidth=0.8,
         )  # fmt: skip
-    axes.axhline(0.5, color=INK, linewidth=0.6, linestyle=(0, (4, 4)))
+    axes.axhline(0.5, **DASHED)
     axes.set_xticks(range(len(moments)), list(moments))
     axes.set_title(title, loc="left")
 
 
+@matplotlib.rc_context(STYLE)
 def overview(target: Path, prediction: Mapping[str, Any], moments: Sequence[str]) -> None:
     """The README's figure, a PNG on white: who tells right from wrong responses, over all prompts and within one."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.2))
-        left, right = figure.subplots(1, 2, sharey=True)
-        _lines(left, "auroc", "AUROC of the expected score, all responses", prediction, moments)
-        _lines(right, "within_prompt_auroc", "among responses to one prompt", prediction, moments)
-        figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.08))
-        figure.savefig(target, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Software": None})
-
-
-# --- adaptive sampling: the record of sampling_record.py -------------------------------------------------------------
+    figure = Figure(figsize=(8.4, 3.2))
+    left, right = figure.subplots(1, 2, sharey=True)
+    _lines(left, "auroc", "AUROC of the expected score, all responses", prediction, moments)
+    _lines(right, "within_prompt_auroc", "among responses to one prompt", prediction, moments)
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=5, bbox_to_anchor=(0.5, -0.08))
+    figure.savefig(target, **PNG)
 
 
 def in_order(record: Any) -> Any:
@@ -160,21 +130,24 @@ def rivals(record: Mapping[str, Any]) -> list[str]:
     return [name for name in record["families"] if name not in (PLUS, PUBLISHED)]
 
 
+def point_at(record: Mapping[str, Any], family: str, budget: str) -> Mapping[str, Any] | None:
+    """What a family reaches at a budget; None when it cannot keep to it."""
+    return record["families"].get(family, {}).get("points", {}).get(budget)
+
+
 def accuracy_at(record: Mapping[str, Any], family: str, budget: str) -> float | None:
-    """Accuracy of a family at a budget; None when it cannot keep to it."""
-    point = record["families"].get(family, {}).get("points", {}).get(budget)
+    point = point_at(record, family, budget)
     return None if point is None else point["accuracy"]["value"]
 
 
 def best_rivals(record: Mapping[str, Any]) -> dict[str, str]:
     """The most accurate competitor at each budget, chosen with hindsight on the test prompts."""
-    out = {}
+    best = {}
     for budget in record["budgets"]:
-        found = {name: accuracy_at(record, name, budget) for name in rivals(record)}
-        known = {name: value for name, value in found.items() if value is not None}
+        known = {name: value for name in rivals(record) if (value := accuracy_at(record, name, budget)) is not None}
         if known:
-            out[budget] = max(known, key=lambda name: known[name])
-    return out
+            best[budget] = max(known, key=known.__getitem__)
+    return best
 
 
 def _one_sample(record: Mapping[str, Any]) -> float:
@@ -194,19 +167,14 @@ def _family_line(record: Mapping[str, Any], name: str) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64).reshape(-1, 4).T
 
 
-def _draw_rivals(axes: Axes, record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Thin grey lines; where each ends."""
+def _draw_lines(axes: Axes, record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Competitors in thin grey, the oracle dotted, the envelope dashed, then the policies; where the grey lines end."""
     ends = {}
     for name in rivals(record):
         x, y, *_ = _family_line(record, name)
         if name not in POLICIES and len(x):
             axes.plot(x, y, color=RIVAL, linewidth=0.7, alpha=0.6, zorder=1)
             ends[name] = (x[-1], y[-1])
-    return ends
-
-
-def _draw_references(axes: Axes, record: Mapping[str, Any]) -> None:
-    """The oracle, dotted, and the envelope of the competitors, dashed."""
     oracle = [(int(k), 100 * v) for k, v in record.get("oracle", {}).items() if v is not None]
     if oracle:
         axes.plot(*zip(*oracle, strict=True), color=INK, linewidth=1, linestyle=":", label="oracle: best of k")
@@ -214,9 +182,6 @@ def _draw_references(axes: Axes, record: Mapping[str, Any]) -> None:
     if best:
         label = "best competitor at each budget"
         axes.plot(*zip(*best, strict=True), color=ENVELOPE, linewidth=1.5, linestyle=(0, (4, 2)), label=label, zorder=3)
-
-
-def _draw_policies(axes: Axes, record: Mapping[str, Any]) -> None:
     for name, colour in POLICIES.items():
         x, y, low, high = _family_line(record, name) if name in record["families"] else np.empty((4, 0))
         if len(x):
@@ -224,6 +189,7 @@ def _draw_policies(axes: Axes, record: Mapping[str, Any]) -> None:
             axes.plot(x, y, color=colour, linewidth=width, marker="o", markersize=size, label=name, zorder=layer)
         if name == PLUS and len(x):
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+    return ends
 
 
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
@@ -233,21 +199,18 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
     last = np.inf
     for name, (x, y) in sorted(ends.items(), key=lambda item: -item[1][1]):
         if x > NEAR_EDGE * edge and last - y > LABEL_GAP * (high - low):
-            where = {"transform": axes.get_yaxis_transform(), "va": "center"}
-            axes.text(1.005, y, name, color=RIVAL, fontsize=7, parse_math=False, **where)
+            place = axes.get_yaxis_transform()
+            axes.text(1.005, y, name, color=RIVAL, fontsize=7, parse_math=False, transform=place, va="center")
             last = y
 
 
-def _draw_frontier(figure: Figure, record: Mapping[str, Any]) -> None:
-    record = in_order(record)
+def _draw_frontier(record: Mapping[str, Any], size: tuple[float, float]) -> Figure:
+    record, figure = in_order(record), Figure(figsize=size)
     axes = figure.add_subplot()
-    ends = _draw_rivals(axes, record)
-    _draw_references(axes, record)
-    _draw_policies(axes, record)
+    ends = _draw_lines(axes, record)
     places = {"1": _one_sample(record), **record["budgets"]}
     ticks = {float(k): f"{k}\n{tokens:,.0f}" for k, tokens in places.items()}
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlabel("budget per prompt: in samples' worth of tokens, and in tokens (log scale)")
@@ -259,52 +222,36 @@ def _draw_frontier(figure: Figure, record: Mapping[str, Any]) -> None:
     order = sorted(range(len(labels)), key=lambda i: [*POLICIES, labels[i]].index(labels[i]))
     figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="upper center", ncols=5,
                   bbox_to_anchor=(0.5, -0.03), columnspacing=1.4, handlelength=1.8)  # fmt: skip
+    return figure
 
 
+@matplotlib.rc_context(STYLE)
 def frontier(record: Mapping[str, Any]) -> Markup:
     """Accuracy against tokens per prompt: our policies, every competitor, their envelope, and the oracle."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 4.2))
-        _draw_frontier(figure, record)
-    return _svg(figure, "frontier", "Accuracy against tokens per prompt")
+    return _svg(_draw_frontier(record, (7.4, 4.2)), "frontier", "Accuracy against tokens per prompt")
 
 
+@matplotlib.rc_context(STYLE)
 def frontier_figure(target: Path, record: Mapping[str, Any]) -> None:
     """The same figure as a PNG on white, for the README."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 4.4))
-        _draw_frontier(figure, record)
-        figure.savefig(target, dpi=160, facecolor="white", bbox_inches="tight", metadata={"Software": None})
+    _draw_frontier(record, (8.4, 4.4)).savefig(target, **PNG)
 
 
+@matplotlib.rc_context(STYLE)
 def remaining_length(moment: str, curve: Sequence[Mapping[str, Any]], gain: Mapping[str, Any]) -> Markup:
     """Real remaining tokens (median, 10 to 90 %) against the predicted median, in equally large groups."""
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panel(2.6, 2.5)
-        x = np.array([r["predicted"] for r in curve])
-        low, middle, high = np.array([r["real"] for r in curve]).T
-        top = max(float(high.max()), float(x.max())) * 1.05
-        axes.plot([0, top], [0, top], color=INK, linewidth=0.6, linestyle=(0, (4, 4)))
-        axes.errorbar(x, middle, yerr=[middle - low, high - middle], fmt="o", color=ACCENT, markersize=4, elinewidth=1)
-        axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted median", ylabel="real")
-        axes.locator_params(nbins=4)
-        value = gain["value"]
-        words = "" if value is None else f": MAE {abs(value):.0%} {'below' if value >= 0 else 'above'} constant"
-        axes.set_title(f"{moment}{words}", loc="left")
-    return _svg(figure, f"remaining-{moment.strip('%')}", f"Remaining length at {moment}")
-
-
-@dataclass(frozen=True)
-class Strip:
-    """How the joint evolved along one rollout: marginals [m, R] and [m, L], expected score [m]."""
-
-    name: str
-    reward: NDArray[np.floating]
-    length: NDArray[np.floating]
-    expected_reward: NDArray[np.floating]
-    reward_labels: Sequence[str]
-    length_labels: Sequence[str]
-    real_length_bin: NDArray[np.int64]
+    axes = Figure(figsize=(2.6, 2.5)).add_subplot()
+    x = np.array([r["predicted"] for r in curve])
+    low, middle, high = np.array([r["real"] for r in curve]).T
+    top = max(float(high.max()), float(x.max())) * 1.05
+    axes.plot([0, top], [0, top], **DASHED)
+    axes.errorbar(x, middle, yerr=[middle - low, high - middle], fmt="o", color=ACCENT, markersize=4, elinewidth=1)
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="predicted median", ylabel="real")
+    axes.locator_params(nbins=4)
+    value = gain["value"]
+    words = "" if value is None else f": MAE {abs(value):.0%} {'below' if value >= 0 else 'above'} constant"
+    axes.set_title(f"{moment}{words}", loc="left")
+    return _svg(axes.figure, f"remaining-{moment.strip('%')}", f"Remaining length at {moment}")
 
 
 def _heat(axes: Axes, marginal: NDArray[np.floating], colour: str) -> None:
@@ -315,19 +262,18 @@ def _heat(axes: Axes, marginal: NDArray[np.floating], colour: str) -> None:
     axes.imshow(image, aspect="auto", origin="lower", interpolation="nearest", extent=extent)
 
 
-def heat_strip(strip: Strip) -> Markup:
-    """Two strips under each other along the positions of one rollout: reward above, remaining length below."""
-    with matplotlib.rc_context(STYLE | {"font.size": 7.5}):
-        figure = Figure(figsize=(6.6, 2.4))
-        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1], gridspec_kw={"hspace": 0.15})
-        _heat(above, strip.reward, ACCENT)
-        top = len(strip.reward_labels) - 1
-        above.plot(strip.expected_reward * top, color=COLOURS["probe"], linewidth=1.2)
-        _heat(below, strip.length, COLOURS["logprob"])
-        below.step(np.arange(len(strip.real_length_bin)), strip.real_length_bin, where="mid", color=INK, linewidth=0.8)
-        above.set_yticks([0, top], [strip.reward_labels[0], strip.reward_labels[-1]])
-        shown = sorted({0, len(strip.length_labels) // 2, len(strip.length_labels) - 1})
-        below.set_yticks(shown, [strip.length_labels[i] for i in shown])
-        above.set_ylabel("score")
-        below.set(ylabel="remaining", xlabel="response tokens so far")
-    return _svg(figure, f"strip-{strip.name}", "Joint along a rollout")
+@matplotlib.rc_context(STYLE | {"font.size": 7.5})
+def heat_strip(name: str, joint: JointDistribution, remaining: NDArray[np.int64], lengths: Sequence[str]) -> Markup:
+    """The joints [m, R·L] along one rollout: reward above, remaining length (real: [m] tokens) below; `lengths` names bins."""
+    figure, grid = Figure(figsize=(6.6, 2.4)), joint.grid
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1], gridspec_kw={"hspace": 0.15})
+    _heat(above, joint.reward_marginal(), ACCENT)
+    above.plot(joint.expected_reward() * (grid.R - 1), color=ORANGE, linewidth=1.2)
+    _heat(below, joint.length_marginal(), GREEN)
+    below.step(np.arange(len(remaining)), grid.length_bin(remaining), where="mid", color=INK, linewidth=0.8)
+    above.set_yticks([0, grid.R - 1], [f"{np.round(grid.reward_centres[i], 2):g}" for i in (0, -1)])
+    shown = sorted({0, grid.L // 2, grid.L - 1})
+    below.set_yticks(shown, [lengths[i] for i in shown])
+    above.set_ylabel("score")
+    below.set(ylabel="remaining", xlabel="response tokens so far")
+    return _svg(figure, f"strip-{name}", "Joint along a rollout")

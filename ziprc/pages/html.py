@@ -7,7 +7,7 @@ test reads them all). Only what `fill` has filled in and the drawings of figures
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,20 +52,23 @@ def signed(value: float | None) -> str:
     return "–" if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
+def missed(rows: Sequence[Record], lacking: str) -> Iterator[str]:
+    """The headline numbers that missed their targets, in sentences; what is `lacking` where that cannot be said."""
+    for row in rows:
+        if row["met"] is None:
+            yield f"{row['name']}: cannot be said, {lacking}."
+        elif not row["met"]:
+            result = found(as_interval(row["result"])["value"])
+            yield f"{row['name']}: {result}, wanted {row['direction']} {row['target']:.3g}."
+
+
 def side(interval: Record) -> int:
     """On which side of zero an interval lies; 0 when it holds zero, or has no ends."""
-    if interval["low"] is None:
-        return 0
-    return int(interval["low"] > 0) - int(interval["high"] < 0)
+    return 0 if interval["low"] is None else int(interval["low"] > 0) - int(interval["high"] < 0)
 
 
-_TEMPLATES = Environment(
-    loader=PackageLoader("ziprc.pages"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_TEMPLATES = Environment(loader=PackageLoader("ziprc.pages"), autoescape=True, undefined=StrictUndefined)
+_TEMPLATES.trim_blocks = _TEMPLATES.lstrip_blocks = True
 _TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
 _TEMPLATES.globals |= {f.__name__: f for f in (as_interval, number, found, percent, signed, side)}
 

@@ -1,9 +1,8 @@
 """Looking at single rollouts: tokens coloured by the expected score, with the joint behind each of them.
 
-Token t is coloured by the state that emitted it, which has seen the prompt and the tokens before t. `inspect_html`
-writes a page that shows the joint grid under the pointer; `inspect_text` prints the same colours in a terminal, and a
-plain table of moments elsewhere. Model text is data: it reaches the page only as JSON whose angle brackets are
-escaped and as `textContent` (templates/inspect.js), and it reaches the terminal without control characters.
+Token t is coloured by the state that emitted it, which has seen the prompt and the tokens before t. Model text is data: it
+reaches the page only as JSON whose angle brackets are escaped and as `textContent` (templates/inspect.js), and it reaches
+the terminal without control characters.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ziprc.errors import UserError
 from ziprc.evaluation.outcomes import MOMENTS, Outcomes, join_outcomes, moment_positions
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.distribution import JointDistribution
@@ -61,28 +59,21 @@ class InspectedRollout:
 
 def pick_rollouts(outcomes: Outcomes, difficulty: Sequence[str], count: int) -> NDArray[np.int64]:
     """Indices of `count` rollouts: cells of difficulty and outcome in turn, one prompt as rarely twice as possible."""
-    cells: dict[tuple[bool, str], list[int]] = {}
+    cells: dict[tuple[str, bool], list[int]] = {}
     for i, (good, group) in enumerate(zip(outcomes.success.tolist(), outcomes.group.tolist(), strict=True)):
-        cells.setdefault((not good, difficulty[group]), []).append(i)
-    order = sorted(cells, key=lambda cell: (cell[1], cell[0]))
+        cells.setdefault((difficulty[group], not good), []).append(i)
     chosen: list[int] = []
-    seen: set[int] = set()
-    while order and len(chosen) < count:
-        for cell in list(order):
-            fresh = next((i for i in cells[cell] if outcomes.group[i] not in seen), cells[cell][0])
-            cells[cell].remove(fresh)
-            chosen.append(fresh)
-            seen.add(int(outcomes.group[fresh]))
-            if not cells[cell]:
-                order.remove(cell)
+    while len(chosen) < count and any(cells.values()):
+        for _, cell in sorted(cells.items()):
+            if cell:
+                seen = set(outcomes.group[chosen])
+                chosen.append(next((i for i in cell if outcomes.group[i] not in seen), cell[0]))
+                cell.remove(chosen[-1])
     return np.array(chosen[:count], dtype=np.int64)
 
 
 def load_rollouts(layout: Layout, checkpoint: str, count: int) -> list[InspectedRollout]:
     """Some test rollouts, spread over difficulty and outcome, with the joints of `checkpoint`."""
-    path = layout.table("introspection", checkpoint)
-    if not path.exists():
-        raise UserError(f"{path} does not exist, so there is nothing to look at. Build it first: `make {path}`.")
     rollouts = ROLLOUTS.read(layout.table("rollouts", "test"))
     grades = layout.table("grades", "test")
     outcomes = join_outcomes(rollouts, GRADES.read(grades), str(grades))
@@ -94,7 +85,7 @@ def load_rollouts(layout: Layout, checkpoint: str, count: int) -> list[Inspected
     folder = layout.checkpoint(checkpoint)
     grid, tokenizer = read_joint_head(folder).grid, load_tokenizer(folder)
     ids = outcomes.rollout_ids.take(pa.array(chosen))
-    states = read_states(path, ids, outcomes.length[chosen], positions, grid.size)
+    states = read_states(layout.table("introspection", checkpoint), ids, outcomes.length[chosen], positions, grid.size)
     tokens = rollouts["response_token_ids"].take(pa.array(outcomes.rows[chosen])).to_pylist()
     return [
         InspectedRollout(
@@ -113,46 +104,31 @@ def load_rollouts(layout: Layout, checkpoint: str, count: int) -> list[Inspected
 
 def length_labels(grid: BinGrid) -> list[str]:
     """What the length bins hold, in whole tokens; the last is open."""
-    ranges = [
-        f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in zip(grid.length_edges, grid.length_edges[1:], strict=False)
-    ]
-    return [*ranges[:-1], f"{grid.length_edges[-2]}+"]
-
-
-# --- page -------------------------------------------------------------------------------------------------------------
-
-
-def _record(rollout: InspectedRollout) -> dict[str, Any]:
-    joint = rollout.joint
-    return {
-        "id": rollout.rollout_id,
-        "question": rollout.question,
-        "difficulty": rollout.difficulty,
-        "verdict": rollout.verdict,
-        "length": rollout.length,
-        "tokens": list(rollout.tokens),
-        "expected": np.round(joint.expected_reward(), 3).tolist(),
-        "median": np.round(joint.median_remaining(), 1).tolist(),
-        "joint": np.round(joint.probabilities.astype(np.float64), 3).tolist(),
-    }
+    *closed, (last, _) = pairwise(grid.length_edges)
+    return [f"{a}" if b - a == 1 else f"{a}–{b - 1}" for a, b in closed] + [f"{last}+"]
 
 
 def inspect_html(home: Path, checkpoint: str = "ziprc", count: int = 8) -> Path:
     """Write `<home>/inspect.html` (`inspect-<checkpoint>.html` for another head) and return its path."""
     layout = Layout(home.parent, home.name)
     rollouts = load_rollouts(layout, checkpoint, count)
-    grid = rollouts[0].joint.grid if rollouts else read_joint_head(layout.checkpoint(checkpoint)).grid
-    data = {
-        "rewards": [f"{c:.2f}" for c in grid.reward_centres],
-        "lengths": length_labels(grid),
-        "rollouts": [_record(rollout) for rollout in rollouts],
-    }
+    grid = read_joint_head(layout.checkpoint(checkpoint)).grid
+    records = [
+        {
+            "id": rollout.rollout_id,
+            **{name: getattr(rollout, name) for name in ("question", "difficulty", "verdict", "length", "tokens")},
+            "expected": np.round(rollout.joint.expected_reward(), 3).tolist(),
+            "median": np.round(rollout.joint.median_remaining(), 1).tolist(),
+            "joint": np.round(rollout.joint.probabilities.astype(np.float64), 3).tolist(),
+        }
+        for rollout in rollouts
+    ]
+    rewards = [f"{c:.2f}" for c in grid.reward_centres]
+    data = {"rewards": rewards, "lengths": length_labels(grid), "rollouts": records}
     target = home / ("inspect.html" if checkpoint == "ziprc" else f"inspect-{checkpoint}.html")
     write_text(target, fill("inspect.html", title=f"{layout.experiment} · {checkpoint}", data=data))
     return target
 
-
-# --- terminal ---------------------------------------------------------------------------------------------------------
 
 RAMP = (203, 209, 215, 222, 229, 194, 159, 117, 75)  # xterm colours from low to high expected score
 
@@ -169,15 +145,6 @@ def _coloured(rollout: InspectedRollout) -> str:
     return "".join("\n".join(f"{s}{part}\x1b[0m" for part in piece) for s, piece in zip(start, pieces, strict=True))
 
 
-def _moments(rollout: InspectedRollout) -> str:
-    expected, median = rollout.joint.expected_reward(), rollout.joint.median_remaining()
-    at = moment_positions(np.array([len(rollout.tokens)]))[0]
-    rows = [f"  {'moment':<8}{'E[score]':>9}{'median left':>13}{'really left':>13}"]
-    for moment, j in zip(MOMENTS, at.tolist(), strict=True):
-        rows.append(f"  {moment:<8}{expected[j]:>9.2f}{median[j]:>13.0f}{rollout.remaining[j]:>13}")
-    return "\n".join(rows)
-
-
 def inspect_text(home: Path, checkpoint: str = "ziprc", count: int = 2) -> str:
     """Some rollouts for a terminal: coloured tokens when the output is one, plain text otherwise."""
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -185,5 +152,10 @@ def inspect_text(home: Path, checkpoint: str = "ziprc", count: int = 2) -> str:
     for rollout in load_rollouts(Layout(home.parent, home.name), checkpoint, count):
         title = _printable(f"{rollout.question}   [{rollout.difficulty}; {rollout.length} tokens; {rollout.verdict}]")
         text = _coloured(rollout) if colours else _printable("".join(rollout.tokens))
-        blocks.append(f"{title}\n\n{text}\n\n{_moments(rollout)}")
+        rows = [f"  {'moment':<8}{'E[score]':>9}{'median left':>13}{'really left':>13}"]
+        expected, median = rollout.joint.expected_reward(), rollout.joint.median_remaining()
+        at = moment_positions(np.array([len(rollout.tokens)]))[0]
+        for moment, j in zip(MOMENTS, at.tolist(), strict=True):
+            rows.append(f"  {moment:<8}{expected[j]:>9.2f}{median[j]:>13.0f}{rollout.remaining[j]:>13}")
+        blocks += [title, text, "\n".join(rows)]
     return "\n\n".join(blocks)

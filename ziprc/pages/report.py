@@ -1,16 +1,14 @@
 """One self-contained page that says what was run and what came out, failures included.
 
 It is a list of sections: those of the systems that the experiment builds (pages/zip_rc.py, pages/samplers.py), then how
-everything was made. A section is data and the template that lays it out, so a later system adds a module that returns
-sections, and its templates. Styles are inline, figures are inline SVG, text that a model or a user wrote is escaped by
-the template engine, and nothing is fetched, so the file can be mailed or archived.
+everything was made. A section is data and the template that lays it out. Styles and figures are inline, what a model or a
+user wrote is escaped by the template engine, and nothing is fetched, so the file can be mailed or archived.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
 from ziprc.pages.html import Record, Section, fill
@@ -19,34 +17,20 @@ from ziprc.store.files import read_json
 from ziprc.store.layout import CHECKPOINT_MANIFEST, MANIFEST_SUFFIX, Layout, manifest_of
 from ziprc.store.manifest import find_manifests
 
-SHOWN_OF_COMMIT = 12  # characters
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What making one artifact took, as its provenance says: seconds of work, and memory of its largest process."""
-
-    job: str
-    seconds: float
-    peak_mib: float
-
 
 def read_provenance(layout: Layout) -> list[Record]:
     """How every artifact of an experiment came to be, as far as that is recorded."""
     return [read_json(path) for path in sorted((layout.home / "provenance").glob("*.json"))]
 
 
-def costs(provenance: Sequence[Record]) -> list[Cost]:
-    """The cost of every artifact, the dearest first."""
-    found = [
-        Cost(
-            f"{r['stage']} {r['name']}",
-            r["seconds"],
-            max(r["peak_memory_mib"][p] for p in ("process", "largest_child")),
-        )
-        for r in provenance
-    ]
-    return sorted(found, key=lambda cost: -cost.seconds)
+def costs(provenance: Sequence[Record]) -> list[Record]:
+    """What making every artifact took, the dearest first: seconds of work, and memory of its largest process."""
+    costs = []
+    for record in provenance:
+        job, memory = f"{record['stage']} {record['name']}", record["peak_memory_mib"]
+        peak = max(memory["process"], memory["largest_child"])
+        costs.append({"job": job, "seconds": record["seconds"], "peak_mib": peak})
+    return sorted(costs, key=lambda cost: -cost["seconds"])
 
 
 def facts(config: Record, layout: Layout, provenance: Sequence[Record]) -> list[str]:
@@ -54,23 +38,19 @@ def facts(config: Record, layout: Layout, provenance: Sequence[Record]) -> list[
     made = sorted((r for r in provenance if r["stage"] != "report"), key=lambda record: record["started"])
     days = [record["started"][:10] for record in made]
     when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "no provenance"
-    commits = ", ".join(dict.fromkeys(_commit(record["code"]) for record in reversed(made)))
+    codes = [record["code"] for record in reversed(made)]
+    commits = [(c["commit"] or "unknown")[:12] + (" with uncommitted changes" if c["diff"] else "") for c in codes]
     manifest = manifest_of(layout.checkpoint("base"))
     base = {**config["base"], **(read_json(manifest).get("base", {}) if manifest.exists() else {})}
     model = "trained from scratch" if base["model"] == "scratch" else base["model"]
     fetched = base.get("commit") or base["revision"]  # older checkpoints hold no commit
-    revision = f" at {fetched}" if fetched else ""
-    return [
+    said = [
         when,
-        *([f"commit {commits}"] if commits else []),
-        f"base model {model}{revision}",
+        f"commit {', '.join(dict.fromkeys(commits))}" if commits else "",
+        f"base model {model}{f' at {fetched}' if fetched else ''}",
         f"seed {config['seed']}",
     ]
-
-
-def _commit(code: Record) -> str:
-    """The commit of a provenance record, and whether it had changes that were not committed."""
-    return (code["commit"] or "unknown")[:SHOWN_OF_COMMIT] + (" with uncommitted changes" if code["diff"] else "")
+    return [fact for fact in said if fact]
 
 
 def made_from(layout: Layout) -> list[tuple[str, list[str]]]:

@@ -1,18 +1,17 @@
 """The first section of the report: what adaptive sampling buys, from frontier.json and the records of live runs.
 
-A figure and sentences first, then every competitor at every budget, then what the policies cost, what each idea adds, who
-gets the tokens, and whether the probability given with an answer is honest. Numbers are selected here and laid out in
-`templates/zip_rc/sampling.html`, never computed. Parts of the record that are missing leave out their part of the page.
+Numbers are selected here and laid out in `templates/zip_rc/sampling.html`, never computed. Parts of the record that are
+missing leave out their part of the page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ziprc.pages import figures
-from ziprc.pages.figures import accuracy_at, best_rivals, in_order, rivals
-from ziprc.pages.html import Record, Section, as_interval, found, number, percent, side, signed
+from ziprc.pages.figures import accuracy_at, best_rivals, in_order, point_at, rivals
+from ziprc.pages.html import Record, Section, missed, number, percent, side, signed
 from ziprc.sampling.families import PLUS, PUBLISHED
 
 MAJORITY = "majority"
@@ -45,8 +44,10 @@ ABLATIONS = {
 
 
 def _complete(record: Record) -> Record:
-    """The record in order, with empty parts where parts are missing."""
-    return {"headline": [], **{part: {} for part in PARTS}, **in_order(record)}
+    """The record in order, with empty parts where parts are missing; ablations that the table does not know come last."""
+    full = {"headline": [], **{part: {} for part in PARTS}, **in_order(record)}
+    order = sorted(full["ablations"], key=lambda name: [*ABLATIONS, name].index(name))
+    return full | {"ablations": {name: full["ablations"][name] for name in order}}
 
 
 def _shown(record: Record) -> list[str]:
@@ -59,27 +60,15 @@ def _middle(budgets: Mapping[str, Any]) -> str:
     return min(budgets, key=lambda k: abs(float(k) - MIDDLE))
 
 
-# --- findings --------------------------------------------------------------------------------------------------------
-
-
 def findings(record: Record, judged: bool) -> list[str]:
     """What did not work, in sentences: missed targets, competitors that are not beaten, ideas that change nothing."""
     record = _complete(record)
-    missed = _missed(record) if judged else ()
-    return [*missed, *_unbeaten(record), *_slower(record), *_idle(record)]
-
-
-def _missed(record: Record) -> Iterator[str]:
-    for row in record["headline"]:
-        if row["met"] is None:
-            yield f"Sampling, {row['name']}: cannot be said, the budgets or prompts for it are missing."
-        elif not row["met"]:
-            result = found(as_interval(row["result"])["value"])
-            yield f"Sampling, {row['name']}: {result}, wanted {row['direction']} {row['target']:.3g}."
+    said = missed(record["headline"], "the budgets or prompts for it are missing") if judged else ()
+    return [*(f"Sampling, {line}" for line in said), *_unbeaten(record), *_idle(record)]
 
 
 def _unbeaten(record: Record) -> Iterator[str]:
-    """Families with the same verdict at the same budgets share a sentence."""
+    """Families with the same verdict at the same budgets share a sentence; then whether one waits longer than for a vote."""
     for wanted, verdict in ((-1, f"better than {PLUS}"), (0, f"not to be told from {PLUS}")):
         groups: dict[str, list[str]] = {}
         for name in record["families"]:
@@ -88,14 +77,11 @@ def _unbeaten(record: Record) -> Iterator[str]:
                 groups.setdefault(", ".join(budgets), []).append(name)
         for budgets_text, names in groups.items():
             yield f"With tokens for {budgets_text} samples, {verdict}: {', '.join(names)}."
-
-
-def _slower(record: Record) -> Iterator[str]:
-    """Budgets at which the shipped policy makes one wait longer than voting does."""
-    ours, vote = (record["families"].get(name, {}).get("points", {}) for name in (PLUS, MAJORITY))
-    pairs = [(k, ours[k]["latency"], vote[k]["latency"]) for k in _shown(record) if ours.get(k) and vote.get(k)]
+    pairs = [(k, point_at(record, PLUS, k), point_at(record, MAJORITY, k)) for k in _shown(record)]
     longer = [
-        f"{number(a, 0)} serial steps against {number(b, 0)} with tokens for {k} samples" for k, a, b in pairs if a > b
+        f"{number(a['latency'], 0)} serial steps against {number(b['latency'], 0)} with tokens for {k} samples"
+        for k, a, b in pairs
+        if a and b and a["latency"] > b["latency"]
     ]
     if longer:
         yield f"{PLUS} makes one wait longer than majority: {'; '.join(longer)}."
@@ -103,7 +89,7 @@ def _slower(record: Record) -> Iterator[str]:
 
 def _idle(record: Record) -> Iterator[str]:
     """Ideas without which the policy is no worse."""
-    for name, ablation in _ablations(record).items():
+    for name, ablation in record["ablations"].items():
         sides = {k: side(gap) for k, gap in ablation["difference"].items()}
         policy, _, short = name.partition(": ")
         what = ABLATIONS.get(name, (f"what “{short}” leaves out", ""))[0]
@@ -114,78 +100,43 @@ def _idle(record: Record) -> Iterator[str]:
             yield f"{policy}: taking away {what} changes nothing that can be told at any budget."
 
 
-def _ablations(record: Record) -> dict[str, Record]:
-    """Ablations in the order of the table above; those that it does not know come last."""
-    known = list(ABLATIONS)
-    order = sorted(record["ablations"], key=lambda name: known.index(name) if name in known else len(known))
-    return {name: record["ablations"][name] for name in order}
-
-
-# --- sentences -------------------------------------------------------------------------------------------------------
-
-
-def _size(record: Record) -> str:
-    """How many prompts, samples and orders the numbers rest on."""
-    named = {"test": "held-out prompts", "rollouts": "recorded samples of each", "orders": "orders of replay"}
-    return ", ".join(f"{number(record['prompts'][k], 0)} {what}" for k, what in named.items() if k in record["prompts"])
-
-
-def _ends(interval: Record, form: Any) -> str:
+def _ends(interval: Record, form: Callable[[float], str]) -> str:
     return "" if interval["low"] is None else f" [{form(interval['low'])}, {form(interval['high'])}]"
 
 
 def _sentences(record: Record) -> Iterator[str]:
+    """How the shipped policy does at some budgets, beside the vote and the best competitor."""
     best = best_rivals(record)
     for budget in _shown(record):
-        point = record["families"].get(PLUS, {}).get("points", {}).get(budget)
+        point = point_at(record, PLUS, budget)
         if point is None:
             continue
-        result = point["accuracy"]
-        parts = [
-            f"At {budget} samples' worth of tokens ({record['budgets'][budget]:,.0f} per prompt) {PLUS} answers "
-            f"{percent(result['value'])} %{_ends(result, percent)} right"
-        ]
-        if accuracy_at(record, MAJORITY, budget) is not None:
-            parts.append(f"majority {percent(accuracy_at(record, MAJORITY, budget))} %")
-        if budget in best:
-            parts.append(_rival(record, budget, best[budget]))
-        yield ", ".join(parts) + "."
+        tokens, result = f"{record['budgets'][budget]:,.0f}", point["accuracy"]
+        said = f"At {budget} samples' worth of tokens ({tokens} per prompt) {PLUS} answers "
+        said += f"{percent(result['value'])} %{_ends(result, percent)} right"
+        if (vote := accuracy_at(record, MAJORITY, budget)) is not None:
+            said += f", majority {percent(vote)} %"
+        if name := best.get(budget):
+            count = sum(accuracy_at(record, other, budget) is not None for other in rivals(record))
+            said += f", the best of {count} competitors ({name}) {percent(accuracy_at(record, name, budget))} %"
+            if gap := record["difference"].get(budget, {}).get(name):
+                said += f"; paired difference {signed(gap['value'])} points{_ends(gap, signed)}"
+        yield said + "."
 
 
-def _rival(record: Record, budget: str, name: str) -> str:
-    count = sum(accuracy_at(record, other, budget) is not None for other in rivals(record))
-    gap = record["difference"].get(budget, {}).get(name)
-    paired = f"; paired difference {signed(gap['value'])} points{_ends(gap, signed)}" if gap else ""
-    return f"the best of {count} competitors ({name}) {percent(accuracy_at(record, name, budget))} %{paired}"
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _accuracies(record: Record) -> dict[str, list[tuple[float | None, bool]]]:
-    """By family: accuracy at each budget, and whether it is the highest there.
-
-    Families by falling accuracy at the middle budget; ours first among equals, what cannot keep to it last.
-    """
+def _accuracies(record: Record) -> dict[str, list[float | None]]:
+    """By family, accuracy at each budget: by falling accuracy at the middle budget; ours first among equals, what cannot
+    keep to it last."""
     budgets, middle = record["budgets"], _middle(record["budgets"])
     names = sorted(record["families"], key=lambda n: (-(accuracy_at(record, n, middle) or -1.0), n not in OURS))
-    rows = {name: [accuracy_at(record, name, k) for k in budgets] for name in names}
-    best = [max(filter(None, column), default=None) for column in zip(*rows.values(), strict=True)]
-    return {
-        name: [(value, value is not None and value == top) for value, top in zip(row, best, strict=True)]
-        for name, row in rows.items()
-    }
+    return {name: [accuracy_at(record, name, k) for k in budgets] for name in names}
 
 
 def _costs(record: Record) -> list[tuple[str, str, Record]]:
     """What the same budget means in other units: (budget, family, point)."""
-    families = {**record["families"], **record["ablations"]}
-    rows = [
-        (budget, name, families.get(name, {}).get("points", {}).get(budget))
-        for budget in _shown(record)
-        for name in (PLUS, PARALLEL, PUBLISHED, MAJORITY)
-    ]
-    return [row for row in rows if row[2]]
+    every = {"families": {**record["families"], **record["ablations"]}}
+    names = (PLUS, PARALLEL, PUBLISHED, MAJORITY)
+    return [(k, name, point) for k in _shown(record) for name in names if (point := point_at(every, name, k))]
 
 
 def _cells(record: Record) -> Record:
@@ -197,16 +148,6 @@ def _cells(record: Record) -> Record:
     return {"columns": [f"{name}, {k}" for k, name in pairs], "rows": rows} if pairs else {}
 
 
-def _answers(record: Record) -> Record:
-    """Reliability of the probability given with the answer, where it is known."""
-    known = {k: answer for k, answer in record["answer"].items() if answer}
-    if not known:
-        return {"answers": {}}
-    middle = _middle(known)
-    curve = figures.reliability(f"{middle} samples", known[middle]["reliability"], known[middle]["ece"])
-    return {"answers": known, "answer_columns": [f"{k} samples" for k in known], "reliability": curve}
-
-
 def section(record: Record, live: Record, judged: bool) -> Section:
     """All of it: `record` is frontier.json, `live` the records of live runs by policy and budget."""
     record, live = _complete(record), in_order(live)
@@ -216,19 +157,25 @@ def section(record: Record, live: Record, judged: bool) -> Section:
         "record": record,
         "judged": judged,
         "ours": OURS,
-        "size": _size(record),
         "figure": figures.frontier(record),
         "sentences": list(_sentences(record)),
         "columns": [f"{k} ({tokens:,.0f})" for k, tokens in budgets.items()],
         "middle": _middle(budgets),
         "accuracies": accuracies,
+        "best": [max(filter(None, column), default=None) for column in zip(*accuracies.values(), strict=True)],
         "differences": {name: [difference.get(k, {}).get(name) for k in budgets] for name in compared},
         "costs": _costs(record),
         "ablations": [
             (name, ABLATIONS.get(name, ("", ""))[1], [ablation["difference"].get(k) for k in budgets])
-            for name, ablation in _ablations(record).items()
+            for name, ablation in record["ablations"].items()
         ],
         "cells": _cells(record),
+        "answers": {k: answer for k, answer in record["answer"].items() if answer},
         "runs": [(policy, budget, run) for policy, runs in live.items() for budget, run in runs.items()],
     }
-    return Section("Adaptive sampling", "zip_rc/sampling.html", data | _answers(record))
+    if known := data["answers"]:  # reliability of the probability given with the answer
+        middle = _middle(known)
+        curve, ece = known[middle]["reliability"], known[middle]["ece"]
+        data["reliability"] = figures.reliability(f"{middle} samples", curve, ece)
+        data["answer_columns"] = [f"{k} samples" for k in known]
+    return Section("Adaptive sampling", "zip_rc/sampling.html", data)

@@ -27,12 +27,6 @@ def cell(result: Record | float | None) -> str:
     return f"{found(interval['value'])}{ends}"
 
 
-def is_judged(home: Path) -> bool:
-    """Whether a run is judged by the targets, as the manifest of its metrics says."""
-    manifest = manifest_of(home / METRICS)
-    return manifest.exists() and bool(read_json(manifest)["params"].get("evaluate", {}).get("targets"))
-
-
 def headline(home: Path) -> dict[str, Record]:
     """The headline numbers of one run by name; those of adaptive sampling where they were measured."""
     files = [path for path in (home / METRICS, home / "frontier.json") if path.exists()]
@@ -43,35 +37,36 @@ def headline(home: Path) -> dict[str, Record]:
     return {record["name"]: record for path in files for record in read_json(path)["headline"]}
 
 
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
 def summary(homes: Sequence[Path]) -> str:
     """One row per headline number, one column per run; the target, and in which runs it was met, where one is judged."""
-    runs, judged = [headline(home) for home in homes], [is_judged(home) for home in homes]
-    names = [home.name for home in homes]
-    header = ["", "target", *names, "met"] if any(judged) else ["", *names]
-    rows = [header, ["---"] * len(header)]
+    runs, names = [headline(home) for home in homes], [home.name for home in homes]
+    manifests = [manifest_of(home / METRICS) for home in homes]
+    params = [read_json(path)["params"] if path.exists() else {} for path in manifests]
+    judged = [bool(own.get("evaluate", {}).get("targets")) for own in params]
+    rows = []
     for name, first in {name: record for run in reversed(runs) for name, record in run.items()}.items():
         bound = f"{'≥' if first['direction'] == 'at least' else '≤'} {first['target']:.3g}"
         records = [run.get(name) for run in runs]
-        values = (cell(record["result"]) if record else ABSENT for record in records)
-        verdicts = (VERDICT[r["met"]] if r and known else ABSENT for r, known in zip(records, judged, strict=True))
+        values = [cell(record["result"]) if record else ABSENT for record in records]
+        verdicts = [VERDICT[r["met"]] if r and known else ABSENT for r, known in zip(records, judged, strict=True)]
         rows.append([name, bound, *values, ", ".join(verdicts)] if any(judged) else [name, *values])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(["", "target", *names, "met"] if any(judged) else ["", *names], rows)
 
 
 def sampling_table(homes: Sequence[Path]) -> str:
     """Accuracy at equal tokens, by budget and run: ours, the published policy, the plain vote, the best competitor."""
-    runs = [read_json(path) for home in homes if (path := home / "frontier.json").exists()]
+    files = [home / "frontier.json" for home in homes]
+    runs = [(path.parent.name, read_json(path)) for path in files if path.exists()]
     if not runs:
         return ""
-    names = [home.name for home in homes if (home / "frontier.json").exists()]
-    header = [
-        "samples' worth of tokens",
-        *(f"{name}: zip-rc-plus · zip-rc · majority · best other; ours minus it" for name in names),
-    ]
-    rows = [header, ["---"] * len(header)]
-    for budget in sorted(runs[0]["budgets"], key=float):
-        rows.append([budget, *(_sampling_cell(run, budget) for run in runs)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    what = "zip-rc-plus · zip-rc · majority · best other; ours minus it"
+    budgets = sorted(runs[0][1]["budgets"], key=float)
+    rows = [[budget, *(_sampling_cell(run, budget) for _, run in runs)] for budget in budgets]
+    return _markdown(["samples' worth of tokens", *(f"{name}: {what}" for name, _ in runs)], rows)
 
 
 def _sampling_cell(run: Record, budget: str) -> str:

@@ -1,19 +1,19 @@
 """One prompt's tree of branches as it was sampled live: a page with a drawing, or characters for a terminal.
 
-Everything comes from `samples/<policy>.parquet`: what a branch was at every decision. The x axis counts serial decoding
-steps, so what is drawn above each other ran at the same time. A branch grows from the decision that started it; a piece of
-it between two decisions has the colour of what was expected of it at the second. Question and answers are data: they reach
-the page escaped and the terminal without control characters.
+Everything comes from `samples/<policy>.parquet`. The x axis counts serial decoding steps, so what is drawn above each other
+ran at the same time; a piece of a branch between two decisions has the colour of what was expected of it at the second.
+Question and answers are data: they reach the page escaped and the terminal without control characters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,7 +25,6 @@ from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.samples import SAMPLES
 
 Row = Mapping[str, Any]
-AUTO = "auto"
 READABLE = 8  # branches: a drawing with more is not the first to show
 RIGHT = 0.5
 
@@ -45,19 +44,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch, from the step in which it began to its last token."""
+    """One branch, from the step in which it began to its last token; `row` is its last in the table."""
 
-    number: int
-    parent: int  # negative: the prompt
-    fork: int  # tokens taken over from the parent
+    row: Row
     begun: int
     pieces: tuple[Piece, ...]
-    finished: bool
-    length: int
-    value: float | None  # at the end
-    answer: str | None
-    score: float | None
-    selected: bool
 
     @property
     def end(self) -> int:
@@ -66,21 +57,22 @@ class Branch:
     @property
     def gaps(self) -> list[tuple[int, int]]:
         """When it was paused and resumed."""
-        return [(a.stop, b.start) for a, b in zip(self.pieces, self.pieces[1:], strict=False) if b.start > a.stop]
+        return [(a.stop, b.start) for a, b in pairwise(self.pieces) if b.start > a.stop]
 
     @property
     def verdict(self) -> str:
-        if not self.finished:
+        row = self.row
+        if row["status"] != "finished":
             return "abandoned"
-        if self.answer is None:
+        if row["answer"] is None:
             return "cut off"
-        if self.score is None:
+        if row["score"] is None:
             return "not graded"
-        return "right" if self.score >= RIGHT else "wrong"
+        return "right" if row["score"] >= RIGHT else "wrong"
 
     def at_token(self, token: int) -> int:
         """The step in which it had that many tokens; the nearest that it generated itself."""
-        count = self.fork
+        count = self.row["fork"]
         for piece in self.pieces:
             grown = piece.stop - piece.start
             if count + grown >= token:
@@ -90,109 +82,76 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One decision in words."""
-
-    step: int
-    tokens: int
-    words: str
-    utility: float | None
-
-
-@dataclass(frozen=True)
 class Tree:
-    """The tree of one prompt under one policy and budget."""
+    """The tree of one prompt; a moment is a decision: step, tokens_spent, utility, and what it did, in `words`."""
 
-    prompt_id: str
-    policy: str
-    budget: str
-    question: str
-    difficulty: str
-    truth: str | None
+    prompt: Row
     branches: tuple[Branch, ...]
-    moments: tuple[Moment, ...]
-    probability: float
-    prefill: int
+    moments: Sequence[Row]
+
+    @property
+    def question(self) -> str:
+        return "\n".join(map(one_line, self.prompt["messages"][-1]["content"].splitlines()))
+
+    @property
+    def probability(self) -> float:
+        return self.chosen.row["probability"] or 0.0
 
     @property
     def steps(self) -> int:
-        return self.moments[-1].step
+        return self.moments[-1]["step"]
 
     @property
     def chosen(self) -> Branch:
-        return next(b for b in self.branches if b.selected)
+        return next(branch for branch in self.branches if branch.row["selected"])
 
     @property
     def verdict(self) -> str:
-        chosen = self.chosen
-        tokens = self.moments[-1].tokens
-        costs = f"{tokens} tokens in {len(self.branches)} branches, {self.steps} steps, {self.prefill} prompt tokens computed"
-        if chosen.answer is None:
+        row, spent = self.chosen.row, self.moments[-1]["tokens_spent"]
+        computed = f"{self.steps} steps, {row['prefill'] or 0} prompt tokens computed"
+        costs = f"{spent} tokens in {len(self.branches)} branches, {computed}"
+        if row["answer"] is None:
             return f"no answer; {costs}"
-        return f"answer {_short(chosen.answer, 60)}, {chosen.verdict}, P(right) {self.probability:.2f}; {costs}"
+        return f"answer {_short(row['answer'], 60)}, {self.chosen.verdict}, P(right) {self.probability:.2f}; {costs}"
 
 
 def _branch(rows: Sequence[Row], steps: Sequence[int]) -> Branch:
-    """One branch from its rows, by decision; `steps` are those of all decisions of the prompt."""
-    first, last = rows[0], rows[-1]
-    begun = steps[first["decision"] - 1] if first["decision"] else 0
-    pieces, length = [], first["fork"]
-    for row in rows:
-        grown = row["length"] - length
-        if grown:
-            start = steps[row["decision"] - 1] if row["decision"] else 0
+    """One branch from its rows, by decision; `steps[d]` is the step after which tokens of decision `d` were generated."""
+    pieces = []
+    for row, before in zip(rows, [rows[0]["fork"], *(row["length"] for row in rows)], strict=False):
+        if grown := row["length"] - before:
+            start = steps[row["decision"]]
             pieces.append(Piece(start, start + grown, row["expected_reward"], row["expected_remaining"]))
-        length = row["length"]
-    kept = {key: last[key] for key in ("parent", "fork", "length", "answer", "score", "selected")}
-    finished, value = last["status"] == "finished", last["expected_reward"]
-    return Branch(number=last["branch_id"], begun=begun, pieces=tuple(pieces), finished=finished, value=value, **kept)
+    return Branch(rows[-1], steps[rows[0]["decision"]], tuple(pieces))
 
 
-def _changes(now: Mapping[int, Row], then: Mapping[int, Row]) -> Iterable[str]:
+def _changes(now: Mapping[int, Row], then: Mapping[int, Row]) -> Iterator[str]:
     """What a decision changed, seen in what the branches were before it and before the next."""
     for number, row in then.items():
-        grown = row["length"] - now[number]["length"] if number in now else 0
         before = now[number]["status"] if number in now else None
+        grown = number in now and row["length"] > now[number]["length"]
         if before is None:
             origin = "start" if row["parent"] < 0 else f"branch #{row['parent'] + 1} after {row['fork']} tokens as"
             yield f"{origin} #{number + 1}"
         elif before == "paused" and (grown or row["status"] == "running"):
             yield f"resume #{number + 1}"
-        elif before == "running" and not grown and row["status"] == "paused":
-            yield f"pause #{number + 1}"
         elif before == "running":
-            yield f"continue #{number + 1}"
-
-
-def _moments(decisions: Sequence[Mapping[int, Row]]) -> Iterable[Moment]:
-    for now, then in zip(decisions, [*decisions[1:], None], strict=True):
-        row = next(iter(now.values()))
-        words = "stop" if then is None else ", ".join(_changes(now, then))
-        yield Moment(row["step"], row["tokens_spent"], words, row["utility"])
+            yield f"{'pause' if row['status'] == 'paused' and not grown else 'continue'} #{number + 1}"
 
 
 def tree_of(rows: Sequence[Row], prompt: Row) -> Tree:
     """The tree that all rows of one prompt and budget describe; UserError when sampling it failed."""
     if not any(row["selected"] for row in rows):
         raise UserError(f"Sampling of the prompt {rows[0]['prompt_id']} failed, so it has no tree. Name another one.")
-    ordered = sorted(rows, key=lambda r: (r["decision"], r["branch_id"]))
-    decisions = [
-        {row["branch_id"]: row for row in part} for _, part in groupby(ordered, key=lambda row: row["decision"])
-    ]
-    steps = [next(iter(each.values()))["step"] for each in decisions]
-    numbers = sorted(decisions[-1])
-    by_branch = [[each[n] for each in decisions if n in each] for n in numbers]
-    chosen = next(row for row in decisions[-1].values() if row["selected"])
-    return Tree(
-        **{key: chosen[key] for key in ("prompt_id", "policy", "budget")},
-        question="\n".join(map(one_line, prompt["messages"][-1]["content"].splitlines())),
-        difficulty=prompt["difficulty"],
-        truth=prompt["answer"],
-        branches=tuple(_branch(own, steps) for own in by_branch),
-        moments=tuple(_moments(decisions)),
-        probability=chosen["probability"] or 0.0,
-        prefill=chosen["prefill"] or 0,
-    )
+    ordered = sorted(rows, key=lambda row: (row["decision"], row["branch_id"]))
+    decisions = [{row["branch_id"]: row for row in part} for _, part in groupby(ordered, lambda row: row["decision"])]
+    moments = []
+    for now, then in zip_longest(decisions, decisions[1:]):
+        words = "stop" if then is None else ", ".join(_changes(now, then))
+        moments.append({**next(iter(now.values())), "words": words})
+    by_branch = [[each[number] for each in decisions if number in each] for number in sorted(decisions[-1])]
+    branches = tuple(_branch(own, [0, *(moment["step"] for moment in moments)]) for own in by_branch)
+    return Tree(prompt, branches, moments)
 
 
 # --- which prompt -----------------------------------------------------------------------------------------------------
@@ -211,15 +170,6 @@ def interest(rows: Sequence[Row]) -> tuple[float, ...]:
     return (answered, right and len(final) <= READABLE, right, len(answers) > 1, len(kinds), len(answers), len(rows))
 
 
-def most_interesting(samples: pa.Table) -> tuple[str, str]:
-    """Prompt and budget of the tree that shows most; the first of equals."""
-    wanted = ["prompt_id", "budget", "action", "answer", "score", "selected"]
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in samples.select(wanted).to_pylist():
-        groups.setdefault((row["prompt_id"], row["budget"]), []).append(row)
-    return max(sorted(groups), key=lambda key: interest(groups[key]))
-
-
 def _policy_of(layout: Layout, policy: str | None) -> str:
     """A policy whose samples are there; the one with most to show when none is named."""
     known = sorted(path.stem for path in (layout.home / "samples").glob("*.parquet"))
@@ -233,14 +183,16 @@ def _policy_of(layout: Layout, policy: str | None) -> str:
     return policy
 
 
-def load_tree(home: Path, wanted: str = AUTO, policy: str | None = None, budget: str | None = None) -> Tree:
-    """The tree of a prompt, by its id or `auto`; of its largest budget unless one is named."""
+def load_tree(home: Path, wanted: str = "auto", policy: str | None = None, budget: str | None = None) -> Tree:
+    """The tree of a prompt, by its id or `auto`, the one that shows most; of its largest budget unless one is named."""
     layout = Layout(home.parent, home.name)
-    policy = _policy_of(layout, policy)
-    samples = SAMPLES.read(layout.table("samples", policy))
+    samples = SAMPLES.read(layout.table("samples", _policy_of(layout, policy)))
     samples = _only(samples, "budget", budget) if budget else samples
-    if wanted == AUTO:
-        wanted, budget = most_interesting(samples)
+    if wanted == "auto":
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in samples.select(["prompt_id", "budget", "action", "answer", "score", "selected"]).to_pylist():
+            groups.setdefault((row["prompt_id"], row["budget"]), []).append(row)
+        wanted, budget = max(sorted(groups), key=lambda key: interest(groups[key]))
     samples = _only(samples, "prompt_id", wanted)
     samples = _only(samples, "budget", budget or max(samples["budget"].to_pylist(), key=float))
     prompts = {row["prompt_id"]: row for row in PROMPTS.read(layout.table("prompts", "test")).to_pylist()}
@@ -258,7 +210,7 @@ def _only(samples: pa.Table, column: str, value: str) -> pa.Table:
 # --- page -------------------------------------------------------------------------------------------------------------
 
 LEFT, RIGHT_MARGIN, WIDTH, LANE, TOP = 46, 270, 1000, 34, 34
-RAMP = ((239, 122, 92), (246, 224, 150), (118, 184, 232))  # as in `ziprc inspect`
+RAMP = ((239, 246, 118), (122, 224, 184), (92, 150, 232))  # red, green, blue, as in `ziprc inspect`
 TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 
 
@@ -266,42 +218,37 @@ def colour(value: float | None) -> str:
     """From low to high expected score; grey where nothing is known."""
     if value is None:
         return "rgb(160,160,160)"
-    place = min(max(value, 0.0), 1.0) * 2
-    low = min(int(place), 1)
-    mixed = (round(a + (b - a) * (place - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
-    return f"rgb({','.join(map(str, mixed))})"
+    return f"rgb({','.join(str(round(np.interp(value, (0, 0.5, 1), shades))) for shades in RAMP)})"
 
 
 def _origin(tree: Tree, branch: Branch) -> tuple[Branch, int]:
     """The ancestor that generated the token after which `branch` forked, and the step in which it did."""
-    by_number = {b.number: b for b in tree.branches}
-    parent = by_number[branch.parent]
-    while branch.fork <= parent.fork and parent.parent in by_number:
-        parent = by_number[parent.parent]
-    return parent, parent.at_token(branch.fork)
+    by_number = {each.row["branch_id"]: each for each in tree.branches}
+    fork, parent = branch.row["fork"], by_number[branch.row["parent"]]
+    while fork <= parent.row["fork"] and parent.row["parent"] in by_number:
+        parent = by_number[parent.row["parent"]]
+    return parent, parent.at_token(fork)
 
 
 def page(tree: Tree) -> str:
     """A page that needs nothing else; the drawing is laid out in `templates/tree.svg`."""
-    lanes = {branch.number: TOP + LANE * (i + 0.5) for i, branch in enumerate(tree.branches)}
+    lanes = {branch.row["branch_id"]: TOP + LANE * (i + 0.5) for i, branch in enumerate(tree.branches)}
     every = next((t for t in TICKS if tree.steps / t <= 12), TICKS[-1])
+    frame = {"width": WIDTH, "height": TOP + LANE * len(tree.branches) + 10, "left": LEFT, "top": TOP}
     return fill(
         "tree.html",
+        **frame,
         tree=tree,
-        width=WIDTH,
-        height=TOP + LANE * len(tree.branches) + 10,
-        left=LEFT,
-        top=TOP,
         x=lambda step: round(LEFT + step / max(1, tree.steps) * (WIDTH - LEFT - RIGHT_MARGIN), 1),
         y=lanes.__getitem__,
         grid=range(0, tree.steps + 1, every),
-        forks=[(branch, *_origin(tree, branch)) for branch in tree.branches if branch.parent >= 0],
+        forks=[(branch, *_origin(tree, branch)) for branch in tree.branches if branch.row["parent"] >= 0],
         colour=colour,
         short=_short,
     )
 
 
-def tree_html(home: Path, wanted: str = AUTO, policy: str | None = None, budget: str | None = None) -> Path:
+def tree_html(home: Path, wanted: str = "auto", policy: str | None = None, budget: str | None = None) -> Path:
     """Write `<home>/tree-<policy>.html` and return its path."""
     target = home / f"tree-{_policy_of(Layout(home.parent, home.name), policy)}.html"
     write_text(target, page(load_tree(home, wanted, policy, budget)))
@@ -327,36 +274,33 @@ def _characters(tree: Tree, branch: Branch) -> str:
     """One lane of characters: tenths of the expected score while it ran, dots while it was paused."""
     scale = min(1.0, COLUMNS / max(1, tree.steps))
     lane = [" "] * (round(tree.steps * scale) + 1)
-    forked = branch.parent >= 0
-    away = [("-", _origin(tree, branch)[1], branch.begun)] if forked else []
-    for mark, a, b in [*away, *((".", *gap) for gap in branch.gaps)]:
-        lane[int(a * scale) : int(b * scale)] = mark * (int(b * scale) - int(a * scale))
+    fork = _origin(tree, branch)[1] if branch.row["parent"] >= 0 else None
+    away = [("-", fork, branch.begun)] if fork is not None else []
+    for mark, start, stop in [*away, *((".", *gap) for gap in branch.gaps)]:
+        lane[int(start * scale) : int(stop * scale)] = mark * (int(stop * scale) - int(start * scale))
     for piece in branch.pieces:
         a, b = int(piece.start * scale), max(int(piece.stop * scale), int(piece.start * scale) + 1)
         lane[a:b] = ("=" if piece.value is None else str(min(int(piece.value * 10), 9))) * (b - a)
-    if forked:
-        lane[min(int(_origin(tree, branch)[1] * scale), len(lane) - 1)] = "\\"
-    return "".join(lane).rstrip() + ("*" if branch.finished else "x")
+    if fork is not None:
+        lane[min(int(fork * scale), len(lane) - 1)] = "\\"
+    return "".join(lane).rstrip() + ("*" if branch.row["status"] == "finished" else "x")
 
 
-def tree_text(home: Path, wanted: str = AUTO, policy: str | None = None, budget: str | None = None) -> str:
+def tree_text(home: Path, wanted: str = "auto", policy: str | None = None, budget: str | None = None) -> str:
     """The tree in plain characters."""
     tree = load_tree(home, wanted, policy, budget)
-    lines = [
-        one_line(f"{tree.question}   [{tree.difficulty}; the answer is {tree.truth or 'not known'}]"),
-        one_line(f"{tree.policy}, budget {tree.budget}: {tree.verdict}"),
-        "",
-    ]
+    known = f"[{tree.prompt['difficulty']}; the answer is {tree.prompt['answer'] or 'not known'}]"
+    run = f"{tree.chosen.row['policy']}, budget {tree.chosen.row['budget']}: {tree.verdict}"
+    lines = [one_line(f"{tree.question}   {known}"), one_line(run), ""]
     for branch in tree.branches:
-        said = "" if branch.answer is None else f"{_short(branch.answer, 20)}, "
-        value = "" if branch.value is None else f", expected {branch.value:.2f}"
-        chosen = f"  <- chosen, P {tree.probability:.2f}" if branch.selected else ""
-        origin = f" from #{branch.parent + 1} at {branch.fork}" if branch.parent >= 0 else ""
-        lane = _characters(tree, branch)
-        lines.append(
-            f"{f'#{branch.number + 1}':>4} {lane:<{COLUMNS + 3}} {said}{branch.verdict}{value}{origin}{chosen}"
-        )
+        row, lane = branch.row, _characters(tree, branch)
+        said = "" if row["answer"] is None else f"{_short(row['answer'], 20)}, "
+        value = "" if row["expected_reward"] is None else f", expected {row['expected_reward']:.2f}"
+        origin = f" from #{row['parent'] + 1} at {row['fork']}" if row["parent"] >= 0 else ""
+        chosen = f"  <- chosen, P {tree.probability:.2f}" if row["selected"] else ""
+        name = f"#{row['branch_id'] + 1}"
+        lines.append(f"{name:>4} {lane:<{COLUMNS + 3}} {said}{branch.verdict}{value}{origin}{chosen}")
     legend = "digits: tenths of the expected score; . paused; \\- branched from another; * finished; x abandoned"
     lines += ["", f"     0 to {tree.steps} decoding steps; {legend}", ""]
-    lines += [f"  step {m.step:>4}, {m.tokens:>4} tokens: {m.words}" for m in tree.moments]
+    lines += [f"  step {m['step']:>4}, {m['tokens_spent']:>4} tokens: {m['words']}" for m in tree.moments]
     return "\n".join(lines)
