@@ -131,7 +131,7 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted() -> None:
 def test_labels_of_two_graders_are_refused() -> None:
     twice = [{"rollout_id": "r0", "grader": g, "score": 1.0, "status": "graded"} for g in ("rule", "judge")]
     with pytest.raises(UserError, match=r"labels: .*1 rollouts have more than one row by judge, rule"):
-        rollout_data(rollouts_table(["stop"], [[5]]), GRADES.make(twice), Head(), head_grid(), "train_joint")
+        rollout_data(rollouts_table(["stop"], [[5]]), GRADES.make(twice), Head(), HEAD_GRID, "train_joint")
 
 
 def test_values_are_joined_by_rollout_and_not_by_row() -> None:
