@@ -20,7 +20,6 @@ from typing import Any
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 
-DIGEST_LENGTH = 12
 ACCELERATORS = ("cpu", "cuda")
 # What writes caches and settings, and where under the cache folder; by default many of them write to HOME, which in a
 # container is the folder that Snakemake works in.
@@ -48,7 +47,7 @@ def image_name(containers: Path, accelerator: str) -> str:
     """`ziprc-<accelerator>-<digest of definition, install steps and lock>.sif`; the digest of containers/build.sh."""
     parts = ("ziprc.def", "install.sh", "check.py", f"requirements/{accelerator}.txt")
     content = b"".join((containers / part).read_bytes() for part in parts)
-    return f"ziprc-{accelerator}-{hashlib.sha256(content).hexdigest()[:DIGEST_LENGTH]}.sif"
+    return f"ziprc-{accelerator}-{hashlib.sha256(content).hexdigest()[:12]}.sif"
 
 
 def find_image(wanted: str, root: Path, gpus: int) -> Path:
@@ -57,8 +56,7 @@ def find_image(wanted: str, root: Path, gpus: int) -> Path:
     Raises UserError when it is not there, or where Apptainer is not.
     """
     accelerator = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
-    built = accelerator in ACCELERATORS
-    containers = root / "containers"
+    built, containers = accelerator in ACCELERATORS, root / "containers"
     image = containers / "images" / image_name(containers, accelerator) if built else Path(wanted).absolute()
     if not image.exists():
         remedy = f"`make image BUILDER=apptainer ACCELERATOR={accelerator}`" if built else "`make image`"
@@ -80,18 +78,18 @@ def find_image(wanted: str, root: Path, gpus: int) -> Path:
 def apptainer_arguments(configs: Sequence[Config], config_file: Path, results: Path, root: Path) -> str:
     """What `apptainer exec` is given beside the image to build these experiments, as one string for a shell.
 
-    Makes the cache folders.
-
-    Raises UserError for a folder that Apptainer cannot bind because of its name.
+    Makes the folders of caches, on the host. UserError for a folder that Apptainer cannot bind because of its name.
     """
-    cache, hub = cache_folder(os.environ), hub_folder(os.environ)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = caches / "ziprc" / "container"
+    hub = Path(os.environ.get("HF_HOME") or caches / "huggingface")  # which `make fetch` fills
     variables = {**{key: str(cache / name) for key, name in CACHES.items()}, "HF_HOME": str(hub)}
     for folder in variables.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
     variables |= {"PYTHONPATH": str(root), "PYTHONNOUSERSITE": "1", "TMPDIR": "/tmp", **dict.fromkeys(EMPTIED, "")}
     variables |= {key: os.environ.get(key, "1") for key in OFFLINE}
     arguments = ["--nv"] if any(config.runtime.gpus for config in configs) else []
-    local = [folder for config in configs for folder in local_folders(config)]
+    local = [folder for config in configs for folder in local_folders(config.model_dump())]
     for folder in bound_folders([root, config_file.resolve().parent, cache, hub, results, *local]):
         arguments += ["--bind", folder]
     for key, value in variables.items():
@@ -115,31 +113,10 @@ def bound_folders(folders: list[Path]) -> list[str]:
     return [str(folder) for folder in bound]
 
 
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Where stages in a container keep compiled kernels and the like, on the host."""
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ziprc" / "container"
-
-
-def hub_folder(environment: Mapping[str, str]) -> Path:
-    """The Hugging Face cache of the host, which `make fetch` fills."""
-    default = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(environment.get("HF_HOME") or default)
-
-
-def local_folders(config: Config) -> Iterator[Path]:
-    """Folders of models and data that the configuration names by path."""
-    for text in _strings(config.model_dump()):
-        path = Path(text)
-        if ("/" in text or text.startswith(".")) and path.exists():
-            yield path if path.is_dir() else path.parent
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
+def local_folders(value: Any) -> Iterator[Path]:
+    """Folders of models and data that a configuration, or a part of it, names by path."""
+    if isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from local_folders(inner)
+    elif isinstance(value, str) and ("/" in value or value.startswith(".")) and (path := Path(value)).exists():
+        yield path if path.is_dir() else path.parent

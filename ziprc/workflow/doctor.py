@@ -6,6 +6,7 @@ Needs nothing but Python, so that it also runs before anything is installed (`py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes.util
 import importlib.metadata
 import importlib.util
@@ -40,18 +41,15 @@ class Check:
 def installed(*names: str) -> str | None:
     """Version of the first of these distributions that is installed."""
     for name in names:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return None
 
 
 def locked(lock: Path) -> dict[str, str]:
     """Pinned versions by distribution."""
-    if not lock.exists():
-        return {}
-    pins = (line.split("==") for line in lock.read_text().splitlines() if "==" in line and not line.startswith("#"))
+    lines = lock.read_text().splitlines() if lock.exists() else []
+    pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {name.strip(): version.strip() for name, version in pins}
 
 
@@ -82,12 +80,6 @@ def device_checks(accelerator: str | None) -> list[Check]:
     return checks
 
 
-def numa_check() -> Check:
-    """vLLM's CPU kernels are linked against libnuma; without it vLLM imports, and fails when its engine starts."""
-    found = ctypes.util.find_library("numa")
-    return Check("libnuma", found or "not found", "" if found else "install your system's libnuma1 (numactl-libs)")
-
-
 def processor_check() -> Check:
     """The instruction sets that decide how fast a CPU run is; no problem either way."""
     wide = "AVX-512" if "avx512f" in instructions() else "no AVX-512"
@@ -116,15 +108,12 @@ def diagnose(accelerator: str | None = None) -> list[Check]:
     packages = [package_check(label, names, pins, label == "flash-attn" and not cuda) for label, *names in PACKAGES]
     if not any(installed(*names) for _, *names in PACKAGES):
         packages = [Check("packages", "not installed", "run `make install`")]
-    libraries = [] if cuda else [numa_check()]
-    return [
-        *checks,
-        *packages,
-        *libraries,
-        processor_check(),
-        *device_checks("cuda" if cuda else "cpu"),
-        *room_checks(),
-    ]
+    checks += packages
+    if not cuda:  # vLLM's CPU kernels are linked against it; without it vLLM imports, and fails when its engine starts
+        numa = ctypes.util.find_library("numa")
+        remedy = "" if numa else "install your system's libnuma1 (numactl-libs)"
+        checks.append(Check("libnuma", numa or "not found", remedy))
+    return [*checks, processor_check(), *device_checks("cuda" if cuda else "cpu"), *room_checks()]
 
 
 def format_table(checks: list[Check]) -> str:

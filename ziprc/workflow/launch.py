@@ -33,18 +33,19 @@ def root_of(config_file: Path) -> Path:
 
 def stage_command(options: argparse.Namespace, graph: Graph) -> tuple[list[str], dict[str, str]]:
     """The command line of one stage and its environment: the stage itself, accelerate's launcher, or srun with launchers."""
-    root, config = root_of(options.config_file), graph.config
-    training = graph.machine(options.stage) == "big-gpu"
-    file = launch_profile(root, config, training)
+    config, training, threads = graph.config, graph.machine(options.stage) == "big-gpu", str(options.threads)
+    file = launch_profile(root_of(options.config_file), config, training)
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}  # stages share the cores
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if training and config.runtime.nodes > 1 and options.rendezvous is None:
-        return node_launchers(options, config.runtime.nodes), stage_environment(options.threads)
+        return node_launchers(options, config.runtime.nodes), environment
     stage = ["-m", f"ziprc.stages.{options.stage}", *stage_arguments(options)]
     if (one := one_process_environment(file)) is not None:
-        return [sys.executable, *stage], stage_environment(options.threads) | one
+        return [sys.executable, *stage], environment | one
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += processes_of(file, options, config)
-    command += ["--quiet", "--num_cpu_threads_per_process", str(options.threads)]
-    return command + stage, stage_environment(options.threads)
+    command += [*processes_of(file, options, config), "--quiet", "--num_cpu_threads_per_process", threads, *stage]
+    return command, environment
 
 
 def one_process_environment(profile: Path) -> dict[str, str] | None:
@@ -58,9 +59,7 @@ def one_process_environment(profile: Path) -> dict[str, str] | None:
         "ACCELERATE_MIXED_PRECISION": settings["mixed_precision"],
         "ACCELERATE_DYNAMO_BACKEND": "NO",
         "ACCELERATE_DYNAMO_MODE": "default",
-        "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
-        "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
-        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+        **{f"ACCELERATE_DYNAMO_USE_{w}": "False" for w in ("FULLGRAPH", "DYNAMIC", "REGIONAL_COMPILATION")},
         **on_cpu,
     }
 
@@ -86,17 +85,13 @@ def one_process(profile: Path) -> bool:
 
 
 def stage_arguments(options: argparse.Namespace) -> list[str]:
-    """What every stage is given."""
     arguments = ["--config-file", str(options.config_file), "--experiment", options.experiment]
     arguments += ["--results", str(options.results), "--name", options.name]
     return [*arguments, "--set", *options.set] if options.set else arguments
 
 
 def processes_of(profile: Path, options: argparse.Namespace, config: Config) -> list[str]:
-    """How many processes on how many machines, for a launch profile with more than one process.
-
-    A machine has `runtime.gpus` processes, or as many as the profile says where there are no GPUs.
-    """
+    """How many processes on how many machines: on each `runtime.gpus`, or without GPUs as many as the profile says."""
     if one_process(profile):
         return []
     per_node = config.runtime.gpus or yaml.safe_load(profile.read_text())["num_processes"]
@@ -160,16 +155,3 @@ def first_line(options: argparse.Namespace) -> str:
     }
     where = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
     return f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {options.stage} {options.name}: {where}"
-
-
-def stage_environment(threads: int) -> dict[str, str]:
-    """Threads as granted, passive waiting (cores are shared), and no telemetry."""
-    own = {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    return {**os.environ, **own}

@@ -14,12 +14,7 @@ from ziprc.config.base import Runtime
 from ziprc.errors import UserError, nearest
 from ziprc.plan.stage import CLASSES
 
-OWN = (
-    "threads",
-    "gres",
-    "max_mem_mb",
-    "max_runtime",
-)  # keys of a class that are not resources of the plugin as they are
+OWN = ("threads", "gres", "max_mem_mb", "max_runtime")  # keys of a class that the plugin does not take as they are
 ASKED = ("mem_mb", "runtime", "gpus", "gres", "nodes", "tasks", "tasks_per_gpu", "mpi")
 
 Sites = Mapping[str, Mapping[str, Any]]
