@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from ziprc.errors import UserError
@@ -22,7 +21,7 @@ from ziprc.plan.provenance import hand_on_revision
 from ziprc.store.files import disk_errors_explained
 from ziprc.workflow import living
 from ziprc.workflow.call import INTERRUPTED, answer, call_to_the_end, failures, snakemake_command
-from ziprc.workflow.targets import RESULTS, Wanted, look_up
+from ziprc.workflow.targets import RESULTS, look_up
 
 
 def lock_experiment(home: Path) -> int:
@@ -63,11 +62,6 @@ def build(options: argparse.Namespace) -> int:
             return INTERRUPTED
         except UserError as error:
             print(f"{experiment}: whether an earlier run left SLURM jobs is not known. {error}", file=sys.stderr)
-    return _run(options, wanted, locks)
-
-
-def _run(options: argparse.Namespace, wanted: Wanted, locks: Sequence[int]) -> int:
-    """Snakemake, once or twice, and the last word on how it ended."""
     started, names = time.time(), list(wanted.configs)
     for targets in filter(None, [wanted.targets] if wanted.targets else [wanted.missing(), ["all"]]):
         code = call_to_the_end(snakemake_command(options, wanted.configs, "--nolock", *targets), pass_fds=locks)
@@ -77,12 +71,10 @@ def _run(options: argparse.Namespace, wanted: Wanted, locks: Sequence[int]) -> i
             print("", *failed, sep="\n\n", file=sys.stderr)
         if code:
             return code
-    pages = [str(page) for layout in wanted.layouts if (page := layout.home / "report.html").exists()]
-    done = (
-        f"up to date: {' '.join(wanted.targets)}"
-        if wanted.targets
-        else f"everything is up to date; see {', '.join(pages)}"
-    )
+    done = f"up to date: {' '.join(wanted.targets)}"
+    if not wanted.targets:
+        pages = [str(page) for layout in wanted.layouts if (page := layout.home / "report.html").exists()]
+        done = f"everything is up to date; see {', '.join(pages)}"
     print(f"{', '.join(names)}: {done}")
     return 0
 

@@ -75,51 +75,38 @@ class Asked:
     def of(cls, config: Mapping[str, Any], root: str | Path) -> Asked:
         """What Snakemake's `config` says; `root` is the folder of the Snakefile."""
         given = {key: unpacked(value) for key, value in config.items()}
-        experiments = given.get("experiments") or given.get("experiment") or DEFAULT_EXPERIMENT
+        names = given.get("experiments") or given.get("experiment") or DEFAULT_EXPERIMENT
+        experiments = tuple(map(str, names if isinstance(names, list) else [names]))
         overrides = given.get("set") or ()
-        return cls(
-            Path(given.get("config_file") or Path(root) / "config.yaml").resolve(),
-            tuple(map(str, experiments)) if isinstance(experiments, list) else (str(experiments),),
-            tuple(split_overrides(overrides) if isinstance(overrides, str) else map(str, overrides)),
-            tuple(given.get("systems") or ()),
-            given.get("container"),
-        )
+        overrides = tuple(split_overrides(overrides) if isinstance(overrides, str) else map(str, overrides))
+        config_file = Path(given.get("config_file") or Path(root) / "config.yaml").resolve()
+        return cls(config_file, experiments, overrides, tuple(given.get("systems") or ()), given.get("container"))
 
 
 def snakemake_command(options: argparse.Namespace, configs: Mapping[str, Config], *extra: str) -> list[str]:
     """Snakemake on this project's Snakefile, with the experiments and how the caller changed them."""
     root = root_of(options.config_file)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
-    command += ["--workflow-profile", str(profile_folder(root, options.profile))]
+    profile = root / "profiles" / (options.profile or "default")
+    if not (profile / "config.yaml").exists():
+        known = [path.parent.name for path in (root / "profiles").glob("*/config.yaml")]
+        raise UserError(f"There is no profile '{options.profile}'{nearest(str(options.profile), known)}.")
+    command += ["--workflow-profile", str(profile)]
     settings: dict[str, Any] = {"experiments": list(configs), "config_file": str(options.config_file.resolve())}
     settings |= {"set": options.set} if options.set else {}
     settings |= {"systems": [system]} if (system := vars(options).get("system")) not in (None, "all") else {}
     if vars(options).get("container"):
-        image, arguments = container_of(options, configs)
+        for name, config in configs.items():
+            if (nodes := config.runtime.nodes) > 1:
+                raise UserError(
+                    f"runtime.nodes={nodes} of {name} does not go with a container: the other nodes are started by srun, "
+                    "which is not in the image. Set runtime.nodes=1, or build without CONTAINER."
+                )
+        image = find_image(options.container, root, max(config.runtime.gpus for config in configs.values()))
+        arguments = apptainer_arguments(list(configs.values()), options.config_file, Path("results"), root)
         command += ["--software-deployment-method", "apptainer", f"--apptainer-args={arguments}"]
         settings["container"] = str(image)
     return [*command, *extra, "--config", *packed(settings)]
-
-
-def container_of(options: argparse.Namespace, configs: Mapping[str, Config]) -> tuple[Path, str]:
-    """The image that the stages run in, and what Apptainer is told; UserError when that can't work."""
-    for name, config in configs.items():
-        if config.runtime.nodes > 1:
-            raise UserError(
-                f"runtime.nodes={config.runtime.nodes} of {name} does not go with a container: the other nodes are started "
-                "by srun, which is not in the image. Set runtime.nodes=1, or build without CONTAINER."
-            )
-    root = root_of(options.config_file)
-    image = find_image(options.container, root, max(config.runtime.gpus for config in configs.values()))
-    return image, apptainer_arguments(list(configs.values()), options.config_file, Path("results"), root)
-
-
-def profile_folder(root: Path, name: str | None) -> Path:
-    folder = root / "profiles" / (name or "default")
-    if not (folder / "config.yaml").exists():
-        known = [path.parent.name for path in (root / "profiles").glob("*/config.yaml")]
-        raise UserError(f"There is no profile '{name}'{nearest(str(name), known)}.")
-    return folder
 
 
 def answer(command: Sequence[str]) -> tuple[str, str]:

@@ -87,18 +87,12 @@ def status_command() -> str:
     sacct remembers jobs for good; squeue forgets them after MinJobAge. Without accounting sacct always fails, and the
     executor, which takes it wherever it is installed, would wait for ever.
     """
-    try:
+    settings = ""
+    with contextlib.suppress(UserError):
         settings = _answer("scontrol", "show", "config") or ""
-    except UserError:
-        settings = ""
     storage = re.search(r"^AccountingStorageType\s*=\s*(\S+)", settings, re.MULTILINE)
     kept = storage is not None and not storage[1].endswith("none") and shutil.which("sacct")
     return "sacct" if kept else "squeue"
-
-
-def parse_jobs(listing: str) -> list[SlurmJob]:
-    """Lines `number|state|folder|comment` of squeue."""
-    return [SlurmJob(*line.split("|", 3)) for line in listing.splitlines() if line.count("|") >= 3]
 
 
 def slurm_jobs(folder: Path, experiment: str | None = None) -> list[SlurmJob]:
@@ -108,7 +102,8 @@ def slurm_jobs(folder: Path, experiment: str | None = None) -> list[SlurmJob]:
     """
     listing = _answer("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%Z|%k") or ""
     own = os.environ.get("SLURM_JOB_ID")  # Snakemake itself may run in a job
-    here = [job for job in parse_jobs(listing) if _same_path(job.folder, folder) and job.number != own]
+    jobs = [SlurmJob(*line.split("|", 3)) for line in listing.splitlines() if line.count("|") >= 3]
+    here = [job for job in jobs if _same_path(job.folder, folder) and job.number != own]
     return [job for job in here if experiment is None or job.belongs_to(experiment)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 from ziprc.store.files import write_text
 from ziprc.workflow.call import answer, snakemake_command
@@ -26,29 +26,22 @@ def explain_plan(text: str) -> str:
         if line.startswith("Job "):
             job = line.split(": ", 1)[-1]
         elif line.startswith("Reason:") and job:
-            jobs.append((job, _plain_reason(line.removeprefix("Reason:"))))
+            plain = line.removeprefix("Reason:").strip().replace("Missing output files", "not there")
+            plain = plain.replace("Input files updated by another job", "its input is made anew")
+            plain = plain.replace("Updated input files", "its input has changed")
+            jobs.append((job, re.sub(r"results/[^/]+/", "", plain)))
             job = ""
     if not jobs:
         return "Nothing would rerun: everything is up to date."
-    stages: dict[str, list[str]] = {}
+    stages: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for job, reason in jobs:
-        stages.setdefault(job.partition(":")[0], []).append(reason.partition(":")[0])
-    width = max(map(len, stages))
-    table = [f"  {stage:{width}}  {len(of):3}  {_counted(of)}" for stage, of in stages.items()]
+        stages[job.partition(":")[0]][reason.partition(":")[0]] += 1
+    width, table = max(map(len, stages)), []
+    for stage, reasons in stages.items():
+        often = (reason if len(reasons) == 1 else f"{reason} ({count})" for reason, count in reasons.items())
+        table.append(f"  {stage:{width}}  {reasons.total():3}  {', '.join(often)}")
     details = [f"* {job}\n    {reason}" for job, reason in jobs]
     return "\n".join([f"{len(jobs)} jobs would run:", "", *table, "", *details])
-
-
-def _counted(reasons: list[str]) -> str:
-    """What begins the reasons of a stage, with how often where they differ."""
-    counts = Counter(reasons)
-    return ", ".join(reason if len(counts) == 1 else f"{reason} ({count})" for reason, count in counts.items())
-
-
-def _plain_reason(reason: str) -> str:
-    plain = reason.strip().replace("Input files updated by another job", "its input is made anew")
-    plain = plain.replace("Missing output files", "not there").replace("Updated input files", "its input has changed")
-    return re.sub(r"results/[^/]+/", "", plain)
 
 
 def draw(options: argparse.Namespace) -> str:
