@@ -92,16 +92,12 @@ def _existing(home: Path) -> Path:
 
 def sample(options: argparse.Namespace) -> int:
     """Answer one question live."""
-    if options.policy not in LIVE_POLICIES:
-        raise UserError(
-            f"There is no live policy '{options.policy}'{nearest(options.policy, LIVE_POLICIES)} (--policy)."
-        )
+    if (policy := options.policy) not in LIVE_POLICIES:
+        raise UserError(f"There is no live policy '{policy}'{nearest(policy, LIVE_POLICIES)} (--policy).")
     if not options.samples >= 1:
         raise UserError(f"--budget counts samples and must be at least 1, found {options.samples:g}.")
-    if not options.checkpoint.is_dir():
-        raise UserError(
-            f"There is no checkpoint {options.checkpoint}. Give a folder such as results/toy/checkpoints/ziprc."
-        )
+    if not (folder := options.checkpoint).is_dir():
+        raise UserError(f"There is no checkpoint {folder}. Give a folder such as results/toy/checkpoints/ziprc.")
     from ziprc.pages.terminal import sample as show
     from ziprc.sampling.live.asking import Wishes
 
@@ -156,13 +152,13 @@ def fetch(options: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; every command has a help with an example."""
-    top = argparse.ArgumentParser(
-        prog="ziprc", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="ziprc", description=__doc__, formatter_class=raw)
     commands = top.add_subparsers(required=True, metavar="command")
 
     def command(name: str, action: Action, summary: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        epilog = f"example: ziprc {name} {example}".rstrip()
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog)
         sub.set_defaults(action=action)
         return sub
 
@@ -177,10 +173,10 @@ Command = Callable[[str, Action, str, str], argparse.ArgumentParser]
 
 def _add_workflow(command: Command) -> None:
     """Commands that start or ask Snakemake, and those around them."""
-    sub = command("doctor", doctor, "check the installation", "ziprc doctor")
+    sub = command("doctor", doctor, "check the installation", "")
     sub.add_argument("--accelerator", choices=ACCELERATORS, help="what the installation is meant for")
 
-    sub = command("run", run, "run one stage", "ziprc run rollouts --experiment smoke --name train")
+    sub = command("run", run, "run one stage", "rollouts --experiment smoke --name train")
     sub.add_argument("stage", help="a rule of the Snakefile, such as grades")
     sub.add_argument("--name", required=True, help="which of the stage's artifacts")
     sub.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -188,45 +184,35 @@ def _add_workflow(command: Command) -> None:
     sub.add_argument("--machine-rank", type=int, help="number of this node, from 0; SLURM knows it")
     add_experiment_arguments(sub)
 
-    sub = command("build", build, "build experiments, or single artifacts", "ziprc build --experiment smoke")
-    _add_wanted(sub, targets=True, suite=True, container=True)
+    sub = command("build", build, "build experiments, or single artifacts", "--experiment smoke")
+    _add_wanted(sub, targets=True, suite=True)
     sub.add_argument("--dry-run", action="store_true", help="only say what would be done, in Snakemake's words")
 
-    sub = command("why", explain, "say in words what would rerun", "ziprc why results/smoke/metrics/zip-rc.json")
-    _add_wanted(sub, targets=True, suite=True, container=True)
+    sub = command("why", explain, "say in words what would rerun", "results/smoke/metrics/zip-rc.json")
+    _add_wanted(sub, targets=True, suite=True)
 
-    sub = command("unlock", unlock, "remove a lock that a killed run left", "ziprc unlock --experiment smoke")
+    _add_wanted(command("unlock", unlock, "remove a lock that a killed run left", "--experiment smoke"))
+    _add_wanted(command("dag", draw, "draw the graph of an experiment's rules", "--experiment smoke"))
+    sub = command("provenance", provenance, "write Snakemake's own report of an experiment", "--experiment smoke")
     _add_wanted(sub)
-
-    sub = command("dag", draw, "draw the graph of an experiment's rules", "ziprc dag --experiment smoke")
-    _add_wanted(sub)
-
-    example = "ziprc provenance --experiment smoke"
-    _add_wanted(command("provenance", provenance, "write Snakemake's own report of an experiment", example))
-
-    example = "ziprc fetch --experiment qwen3-0.6b"
-    _add_wanted(command("fetch", fetch, "download models and data beforehand", example), suite=True)
+    _add_wanted(command("fetch", fetch, "download models and data beforehand", "--experiment qwen3-0.6b"), suite=True)
 
 
-def _add_wanted(
-    sub: argparse.ArgumentParser, targets: bool = False, suite: bool = False, container: bool = False
-) -> None:
+def _add_wanted(sub: argparse.ArgumentParser, targets: bool = False, suite: bool = False) -> None:
     """Options that say which experiments, and which files of them, in which variant, by which means."""
+    named, add = sub.add_mutually_exclusive_group(), sub.add_argument
     if targets:
-        sub.add_argument("targets", nargs="*", help="artifact files; everything when there is none")
-    named = sub.add_mutually_exclusive_group()
+        add("targets", nargs="*", help="artifact files; everything when there is none")
     default = f"that of the targets, or {DEFAULT_EXPERIMENT}" if targets else DEFAULT_EXPERIMENT
     named.add_argument("--experiment", help=f"a name under `experiments` in the configuration file; default: {default}")
     if suite:
         named.add_argument("--suite", help="a name under `suites`: all its experiments")
-        sub.add_argument("--system", help="only what this system is for, such as zip-rc; all: every system")
-    sub.add_argument("--config-file", type=Path, default=Path("config.yaml"), help="the configuration file")
-    sub.add_argument(
-        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25"
-    )
-    sub.add_argument("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
-    if container:
-        sub.add_argument(
+        add("--system", help="only what this system is for, such as zip-rc; all: every system")
+    add("--config-file", type=Path, default=Path("config.yaml"), help="the configuration file")
+    add("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25")
+    add("--profile", help="a folder under profiles/, e.g. slurm, or the path of another")
+    if targets:
+        add(
             "--container", nargs="?", const="auto", metavar="IMAGE",
             help="run the stages in a container image: cpu or cuda as `make image` built it, the path of another, or what "
             "the experiment's GPUs call for",
@@ -236,63 +222,61 @@ def _add_wanted(
 def _add_results(command: Command) -> None:
     """Commands that read or write results without Snakemake."""
     home = "results/<experiment>"
-    sub = command("verify", verify, "check every digest of an experiment", "ziprc verify results/smoke")
-    sub.add_argument("home", type=Path, help=f"{home}, or `results` for each experiment in it")
+    add = command("verify", verify, "check every digest of an experiment", "results/smoke").add_argument
+    add("home", type=Path, help=f"{home}, or `results` for each experiment in it")
 
-    sub = command("inspect", inspect, "look at rollouts, token by token", "ziprc inspect results/smoke --text")
-    sub.add_argument("home", type=Path, help=home)
-    sub.add_argument(
-        "--checkpoint", default="ziprc", help="whose expectations, as in introspection/<checkpoint>.parquet"
-    )
-    sub.add_argument("--count", type=int, help="rollouts shown")
-    sub.add_argument("--text", action="store_true", help="print in the terminal")
-    sub.add_argument(
-        "--tree", metavar="PROMPT_ID", help="draw the branches of one prompt instead; auto: one that shows much"
-    )
-    sub.add_argument("--policy", help="whose tree, as in samples/<policy>.parquet")
-    sub.add_argument("--budget", help="of the tree; the largest when left out")
+    add = command("inspect", inspect, "look at rollouts, token by token", "results/smoke --text").add_argument
+    add("home", type=Path, help=home)
+    add("--checkpoint", default="ziprc", help="whose expectations, as in introspection/<checkpoint>.parquet")
+    add("--count", type=int, help="rollouts shown")
+    add("--text", action="store_true", help="print in the terminal")
+    add("--tree", metavar="PROMPT_ID", help="draw the branches of one prompt instead; auto: one that shows much")
+    add("--policy", help="whose tree, as in samples/<policy>.parquet")
+    add("--budget", help="of the tree; the largest when left out")
 
-    sub = command("summary", summary, "headline numbers of several runs", "ziprc summary results/toy results/toy-seed1")
-    sub.add_argument("homes", nargs="+", type=Path, help=f"{home} …")
-    sub.add_argument("--figure", type=Path, metavar="PNG", help="also draw the predictors of the first run")
-    sub.add_argument("--frontier", type=Path, metavar="PNG", help="also draw accuracy against tokens of the first run")
+    add = command("summary", summary, "headline numbers of several runs", "results/toy results/toy-seed1").add_argument
+    add("homes", nargs="+", type=Path, help=f"{home} …")
+    add("--figure", type=Path, metavar="PNG", help="also draw the predictors of the first run")
+    add("--frontier", type=Path, metavar="PNG", help="also draw accuracy against tokens of the first run")
 
-    sub = command("export", export, "write the wide table", "ziprc export results/smoke train wide.parquet")
-    sub.add_argument("home", type=Path, help=home)
-    sub.add_argument("name", help="train or test")
-    sub.add_argument("target", type=Path, help="the table to write")
+    add = command("export", export, "write the wide table", "results/smoke train wide.parquet").add_argument
+    add("home", type=Path, help=home)
+    add("name", help="train or test")
+    add("target", type=Path, help="the table to write")
 
-    sub = command("import", import_, "read a wide table", "ziprc import wide.parquet results/mine train")
-    sub.add_argument("source", type=Path, help="the table to read")
-    sub.add_argument("home", type=Path, help=home)
-    sub.add_argument("name", help="train or test")
+    add = command("import", import_, "read a wide table", "wide.parquet results/mine train").add_argument
+    add("source", type=Path, help="the table to read")
+    add("home", type=Path, help=home)
+    add("name", help="train or test")
 
 
 def _add_sample(command: Command) -> None:
     """`ziprc sample`; what is left out comes from the checkpoint's experiment."""
-    example = 'ziprc sample "Compute 47+91+85" --checkpoint results/toy/checkpoints/ziprc'
-    sub = command("sample", sample, "answer one question by adaptive sampling, live", example)
-    sub.add_argument("prompt", help="the question, as the checkpoint's task asks it")
-    sub.add_argument("--checkpoint", type=Path, required=True, help="a folder with a joint head and calibration.json")
-    sub.add_argument("--policy", default=LIVE_POLICIES[0], help=f"or {', '.join(LIVE_POLICIES[1:])}")
-    sub.add_argument(
-        "--budget", dest="samples", type=float, default=4, help="in samples; frontier.json says which price"
-    )
-    sub.add_argument("--price", type=float, help="of a token, in probability of a right answer (zip-rc-plus)")
-    sub.add_argument("--alpha", type=float, help="share of tokens in the cost, the rest is time (zip-rc)")
-    sub.add_argument("--beta", type=float, help="weight of the cost (zip-rc)")
-    sub.add_argument("--interval", type=int, help="tokens between two decisions")
-    sub.add_argument("--max-tokens", type=int, help="of all branches together")
-    sub.add_argument("--max-steps", type=int, help="serial decoding steps")
-    sub.add_argument("--max-branches", type=int, help="at once and in all")
-    sub.add_argument("--max-new-tokens", type=int, help="of one response")
-    sub.add_argument("--temperature", type=float, help="of sampling")
-    sub.add_argument("--min-p", type=float, help="tokens below this share of the likeliest are not sampled")
-    sub.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="whether the model thinks first")
-    sub.add_argument("--task", help="whose answers are compared: arithmetic, countdown, hub")
-    sub.add_argument("--engine", choices=("vllm", "hf"), help="what generates")
-    sub.add_argument("--seed", type=int, default=0, help="of sampling")
-    sub.add_argument("--json", action="store_true", help="print one JSON object at the end, nothing else")
+    add = command(
+        "sample",
+        sample,
+        "answer one question by adaptive sampling, live",
+        '"Compute 47+91+85" --checkpoint results/toy/checkpoints/ziprc',
+    ).add_argument
+    add("prompt", help="the question, as the checkpoint's task asks it")
+    add("--checkpoint", type=Path, required=True, help="a folder with a joint head and calibration.json")
+    add("--policy", default=LIVE_POLICIES[0], help=f"or {', '.join(LIVE_POLICIES[1:])}")
+    add("--budget", dest="samples", type=float, default=4, help="in samples; frontier.json says which price")
+    add("--price", type=float, help="of a token, in probability of a right answer (zip-rc-plus)")
+    add("--alpha", type=float, help="share of tokens in the cost, the rest is time (zip-rc)")
+    add("--beta", type=float, help="weight of the cost (zip-rc)")
+    add("--interval", type=int, help="tokens between two decisions")
+    add("--max-tokens", type=int, help="of all branches together")
+    add("--max-steps", type=int, help="serial decoding steps")
+    add("--max-branches", type=int, help="at once and in all")
+    add("--max-new-tokens", type=int, help="of one response")
+    add("--temperature", type=float, help="of sampling")
+    add("--min-p", type=float, help="tokens below this share of the likeliest are not sampled")
+    add("--thinking", action=argparse.BooleanOptionalAction, help="whether the model thinks first")
+    add("--task", help="whose answers are compared: arithmetic, countdown, hub")
+    add("--engine", choices=("vllm", "hf"), help="what generates")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--json", action="store_true", help="print one JSON object at the end, nothing else")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

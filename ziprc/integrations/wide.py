@@ -22,7 +22,6 @@ from ziprc.store.digests import digest_file, digest_json
 from ziprc.store.files import atomic_path, output_lock
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
-from ziprc.tables.check import TableSchema
 from ziprc.tables.grades import GRADES, GradeStatus, one_a_rollout
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
@@ -31,8 +30,6 @@ from ziprc.tasks.base import prompt_id
 
 TASK = "imported"
 SCHEMAS = {schema.name: schema for schema in (PROMPTS, ROLLOUTS, GRADES, VALUES)}
-ID_LENGTH = 24
-RIGHT_FROM = 0.5
 
 WIDE = pa.schema(
     [
@@ -71,11 +68,12 @@ def export_wide(layout: Layout, name: str, target: Path) -> tuple[int, int]:
     rollouts = ROLLOUTS.read(layout.table("rollouts", name)).to_pylist()
     if absent := {row["prompt_id"] for row in rollouts} - set(prompts):
         raise UserError(f"{source}: column 'prompt_id': {min(absent)} of the rollouts is missing.")
-    labels = {
-        field: {row["rollout_id"]: label(row) for row in found}
-        for field, schema, label in ((CORRECT, GRADES, _correct), (VALUE, VALUES, lambda row: row["value"]))
-        if (found := _rows(layout, schema, name)) is not None
-    }
+    labels = {}
+    for field, schema, label in ((CORRECT, GRADES, _correct), (VALUE, VALUES, lambda row: row["value"])):
+        if (path := layout.table(schema.name, name)).exists():
+            table = schema.read(path)
+            one_a_rollout(table, str(path))
+            labels[field] = {row["rollout_id"]: label(row) for row in table.to_pylist()}
     rows = [
         {**_wide_row(r, *prompts[r["prompt_id"]]), **{f.name: of.get(r["rollout_id"]) for f, of in labels.items()}}
         for r in rollouts
@@ -86,19 +84,10 @@ def export_wide(layout: Layout, name: str, target: Path) -> tuple[int, int]:
     return len(kept), len(rows) - len(kept)
 
 
-def _rows(layout: Layout, schema: TableSchema, name: str) -> list[Row] | None:
-    path = layout.table(schema.name, name)
-    if not path.exists():
-        return None
-    table = schema.read(path)
-    one_a_rollout(table, str(path))
-    return table.to_pylist()
-
-
 def _correct(grade: Row) -> bool | None:
     if grade["score"] is None and grade["status"] != GradeStatus.UNFINISHED:
         return None
-    return grade["score"] is not None and grade["score"] >= RIGHT_FROM
+    return grade["score"] is not None and grade["score"] >= 0.5
 
 
 def _wide_row(rollout: Mapping[str, Any], index: int, prompt: Mapping[str, Any]) -> Row:
@@ -110,13 +99,17 @@ def _wide_row(rollout: Mapping[str, Any], index: int, prompt: Mapping[str, Any])
         "response": rollout["response_text"],
         "prompt_token_ids": before,
         "output_token_ids": after,
-        "input_ids": before + after,
-        "label_positions": list(range(len(before), len(before) + len(after))),
-        "length": len(after),
+        **_derived(before, after),
         "finished": rollout["finish_reason"] == FinishReason.STOP,
         "reasoning_enabled": rollout["thinking"],
         "model_id": rollout["policy"],
     }
+
+
+def _derived(before: list[int], after: list[int]) -> Row:
+    """The columns that follow from the tokens of prompt and response."""
+    positions = list(range(len(before), len(before) + len(after)))
+    return {"input_ids": before + after, "label_positions": positions, "length": len(after)}
 
 
 # --- in ----------------------------------------------------------------------------------------------------------
@@ -157,9 +150,9 @@ def import_wide(source: Path, layout: Layout, name: str) -> int:
 def _prompt_rows(rows: Sequence[Row], prompt_ids: Sequence[str], split: str) -> list[Row]:
     """Each prompt once, where it first occurs."""
     found: dict[str, Row] = {}
+    fixed = {"task": TASK, "source": TASK, "difficulty": TASK, "extra": "{}"}
     for key, row in zip(prompt_ids, rows, strict=True):
         messages = [{"role": "user", "content": row["prompt"]}]
-        fixed = {"task": TASK, "source": TASK, "difficulty": TASK, "extra": "{}"}
         own = {"prompt_id": key, "split": split, "messages": messages, "answer": row["answer"]}
         found.setdefault(key, {**own, **fixed})
     return list(found.values())
@@ -171,7 +164,7 @@ def _rollout_rows(rows: Sequence[Row], prompt_ids: Sequence[str]) -> Iterator[Ro
         index = samples[key]
         samples[key] += 1
         yield {
-            "rollout_id": digest_json([key, index, row["output_token_ids"]])[:ID_LENGTH],
+            "rollout_id": digest_json([key, index, row["output_token_ids"]])[:24],
             "prompt_id": key,
             "sample_index": index,
             "seed": 0,
@@ -226,20 +219,14 @@ def _problem(row: Row) -> tuple[str, str] | None:
         if not field.nullable and field.name in row and row[field.name] is None:
             return field.name, "null is not allowed here"
     before, after = row["prompt_token_ids"], row["output_token_ids"]
-    for name, ids in (("prompt_token_ids", before), ("output_token_ids", after)):
-        if any(i is None or not 0 <= i < 2**31 for i in ids):
+    for name in ("prompt_token_ids", "output_token_ids"):
+        if any(i is None or not 0 <= i < 2**31 for i in row[name]):
             return name, "a token id must be a number from 0 to 2147483647"
     if not after:
         return "output_token_ids", "a response has at least one token"
-    derived = {
-        "input_ids": before + after,
-        "label_positions": list(range(len(before), len(before) + len(after))),
-        "length": len(after),
-    }
-    for name, expected in derived.items():
+    for name, expected in _derived(before, after).items():
         if name in row and row[name] != expected:
             return name, "does not agree with prompt_token_ids and output_token_ids"
-    value = row.get("value")
-    if value is not None and not 0 <= value <= 1:
+    if (value := row.get("value")) is not None and not 0 <= value <= 1:
         return "value", f"found {value}, expected a number in [0, 1]"
     return None
