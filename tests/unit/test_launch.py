@@ -17,14 +17,7 @@ from ziprc.errors import UserError
 from ziprc.store.layout import Layout
 from ziprc.systems import graph_of
 from ziprc.workflow.call import call_to_the_end
-from ziprc.workflow.launch import (
-    first_line,
-    meeting_port,
-    one_process,
-    one_process_environment,
-    root_of,
-    stage_command,
-)
+from ziprc.workflow.launch import first_line, meeting_port, one_process, one_process_environment, root_of, stage_command
 
 CONFIG = root_of(Path(__file__)) / "config.yaml"
 
@@ -117,11 +110,7 @@ def test_a_base_model_that_is_only_copied_is_copied_by_one_process(monkeypatch: 
     "more, runtime, message",
     [
         ([], {"accelerate": "ddp", "gpus": 8}, "this is no SLURM job"),
-        (
-            ["--rendezvous", "n1:2000", "--machine-rank", "0"],
-            {"accelerate": "cpu"},
-            "needs several processes",
-        ),
+        (["--rendezvous", "n1:2000", "--machine-rank", "0"], {"accelerate": "cpu"}, "needs several processes"),
         (["--rendezvous", "n1", "--machine-rank", "0"], {"accelerate": "cpus"}, "HOST:PORT"),
         (["--rendezvous", "n1:2000"], {"accelerate": "cpus"}, "number of this node, found None"),
     ],

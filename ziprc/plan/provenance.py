@@ -30,12 +30,7 @@ from ziprc.plan.stage import Ref
 from ziprc.store.digests import digest_bytes, digest_file
 from ziprc.store.files import write_text
 from ziprc.store.layout import Layout, manifest_of
-from ziprc.store.manifest import (
-    manifest_digests,
-    read_sealed,
-    require_intact,
-    write_sealed,
-)
+from ziprc.store.manifest import manifest_digests, read_sealed, require_intact, write_sealed
 
 # Distributions that can change a result; the first name that is installed counts.
 PACKAGES = (

@@ -9,11 +9,7 @@ from pathlib import Path
 from ziprc.errors import UserError
 from ziprc.store.digests import digest_file
 from ziprc.store.layout import CHECKPOINT_MANIFEST, manifest_of
-from ziprc.store.manifest import (
-    described_files,
-    find_manifests,
-    read_sealed,
-)
+from ziprc.store.manifest import described_files, find_manifests, read_sealed
 
 
 @dataclass

@@ -31,9 +31,6 @@ class Layout:
         """A model folder; its `ziprc.json` is written last."""
         return self.home / "checkpoints" / name
 
-    def log(self, stage: str, name: str) -> Path:
-        return self.home / "logs" / f"{stage}-{name}.log"
-
     def provenance(self, stage: str, name: str) -> Path:
         """How an artifact came to be; no artifact itself (ziprc/plan/provenance.py)."""
         return self.home / "provenance" / f"{stage}-{name}.json"

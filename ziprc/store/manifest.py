@@ -57,9 +57,8 @@ def manifest_digests(parents: Mapping[str, Path]) -> dict[str, str]:
 def _require_manifest(artifact: Path) -> Path:
     manifest = manifest_of(artifact)
     if not manifest.exists():
-        raise UserError(
-            f"{manifest} does not exist. Build it first: `make {artifact if artifact.suffix else manifest}`."
-        )
+        target = artifact if artifact.suffix else manifest
+        raise UserError(f"{manifest} does not exist. Build it first: `make {target}`.")
     return manifest
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ziprc.config.base import Runtime
 from ziprc.config.load import experiments, load
 from ziprc.plan.graph import Graph
 from ziprc.plan.stage import Ref, Stage
@@ -21,7 +22,7 @@ from ziprc.store.files import write_text
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.systems import STAGES, goals_of, graph_of
 from ziprc.workflow.call import Asked
-from ziprc.workflow.needs import check_sites, resource_names, resources, threads
+from ziprc.workflow.needs import Sites, check_sites, resource_names, resources, threads
 
 HOME = "results/{experiment}"
 FILE = Path(__file__).parents[2] / "Snakefile"
@@ -47,20 +48,17 @@ class Rules:
     def goals(self) -> list[str]:
         """Every file of the experiments that are asked for."""
         files = []
-        for experiment in self.asked.experiments:
-            graph = self.graph(experiment)
+        for graph in map(self.graph, self.asked.experiments):
             goals = goals_of(graph.config, self.asked.systems)
             graph.check(goals)
-            files += graph.files(graph.closure(goals))
-        return [str(file) for file in files]
+            files += map(str, graph.files(graph.closure(goals)))
+        return files
 
     def names(self, stage: Stage[Any]) -> str:
         """A pattern of every name that the stage has in any experiment of the file."""
-        found: set[str] = set()
         file, asked = self.asked.config_file, self.asked.experiments
-        for experiment in experiments(file):
-            config = self.graph(experiment).config if experiment in asked else load(file, experiment)
-            found |= set(stage.variants(config))
+        configs = (self.graph(one).config if one in asked else load(file, one) for one in experiments(file))
+        found = {name for config in configs for name in stage.variants(config)}
         return "|".join(map(re.escape, sorted(found)))
 
     def makes(self, stage: Stage[Any]) -> dict[str, str]:
@@ -89,15 +87,13 @@ class Rules:
         return {**named, "section": self._of(stage, Graph.params), "code": self._of(stage, Graph.code)}
 
     def threads(self, stage: Stage[Any]) -> Ask:
-        return lambda w: threads(self._class(stage, w), self.graph(w.experiment).config.runtime, self.sites)
+        return lambda w: threads(*self._machine(stage, w))
 
     def resources(self, stage: Stage[Any]) -> dict[str, Ask]:
         """How they follow from the class of machine, the experiment and the site: ziprc/workflow/needs.py."""
 
         def ask(name: str) -> Ask:
-            return lambda w, attempt: resources(
-                self._class(stage, w), self.graph(w.experiment).config.runtime, self.sites, attempt
-            ).get(name)
+            return lambda w, attempt: resources(*self._machine(stage, w), attempt).get(name)
 
         return {name: ask(name) for name in resource_names(self.sites)}
 
@@ -118,8 +114,9 @@ class Rules:
         options = "--experiment {wildcards.experiment:q} --threads {threads} --name {params.name}"
         return f'python -m ziprc run {{params.stage}} "$@" {options} > {{log:q}} 2>&1'
 
-    def _class(self, stage: Stage[Any], w: Any) -> str:
-        return self.graph(w.experiment).machine(stage.name)
+    def _machine(self, stage: Stage[Any], w: Any) -> tuple[str, Runtime, Sites]:
+        graph = self.graph(w.experiment)
+        return graph.machine(stage.name), graph.config.runtime, self.sites
 
     def _name(self, stage: Stage[Any]) -> str:
         """The wildcard, or the one name that the stage knows."""
@@ -140,9 +137,8 @@ def stage_table() -> str:
         names = [Ref(stage.name, name) for name in stage.variants(config)]
         parents = dict.fromkeys(parent.stage for ref in names for parent in graph.parents(ref).values())
         path = Path(stage.path())
-        rows.append(
-            (stage.name, str(path if path.suffix else manifest_of(path)), ", ".join(parents) or "the configuration")
-        )
+        file = str(path if path.suffix else manifest_of(path))
+        rows.append((stage.name, file, ", ".join(parents) or "the configuration"))
     first, second = (max(len(row[i]) for row in rows) for i in range(2))
     return "".join(f"#   {rule:{first}}  {file:{second}}  {parents}\n" for rule, file, parents in rows)
 
