@@ -82,14 +82,12 @@ def build(options: argparse.Namespace) -> int:
 def unlock(options: argparse.Namespace) -> str:
     """Remove the locks that a killed Snakemake left in this folder; UserError naming what is still alive."""
     wanted = look_up(options)
-    alive = living.everything(Path.cwd(), RESULTS)
-    if alive:
+    if alive := living.everything(Path.cwd(), RESULTS):
         listing = "\n".join(f"  * {one}" for one in alive)
         raise UserError(
             f"This folder is in use, so its lock stays:\n{listing}\nWait for them, or stop them; then `make unlock` again."
         )
-    locked = [path for path in (Path(".snakemake") / "locks").glob("*") if path.is_file()]
-    if not locked:
+    if not any(path.is_file() for path in Path(".snakemake/locks").glob("*")):
         return "unlock: nothing was locked, and nothing of this workflow is alive in this folder"
     answer(snakemake_command(options, wanted.configs, "--unlock"))
     return "unlock: nothing of this workflow is alive, so Snakemake's lock was removed; the same command goes on"

@@ -118,8 +118,7 @@ def diagnose(accelerator: str | None = None) -> list[Check]:
 
 def format_table(checks: list[Check]) -> str:
     """Three aligned columns; problems say what to do."""
-    width = max(len(check.what) for check in checks)
-    middle = max(len(check.found) for check in checks)
+    width, middle = max(len(check.what) for check in checks), max(len(check.found) for check in checks)
     rows = [f"{c.what:{width}}  {c.found:{middle}}  {'! ' + c.problem if c.problem else 'ok'}" for c in checks]
     problems = sum(bool(check.problem) for check in checks)
     return "\n".join([*rows, "", f"{problems} problems" if problems else "everything agrees"])

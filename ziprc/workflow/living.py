@@ -96,10 +96,7 @@ def status_command() -> str:
 
 
 def slurm_jobs(folder: Path, experiment: str | None = None) -> list[SlurmJob]:
-    """Jobs of this user that work in `folder`, of one experiment or of all; none where there is no SLURM.
-
-    Raises UserError when there is a cluster that does not answer.
-    """
+    """Jobs of this user that work in `folder`, of one experiment or of all; none without SLURM. Errors: `_answer`."""
     listing = _answer("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%Z|%k") or ""
     own = os.environ.get("SLURM_JOB_ID")  # Snakemake itself may run in a job
     jobs = [SlurmJob(*line.split("|", 3)) for line in listing.splitlines() if line.count("|") >= 3]
@@ -146,8 +143,7 @@ def wait_for_jobs(folder: Path, experiment: str, say: Callable[[str], None] = pr
 
     A controller that is away for a while ends neither the jobs nor the waiting; Ctrl-C ends the waiting alone.
     """
-    jobs = slurm_jobs(folder, experiment)
-    next_line = 0.0
+    jobs, next_line = slurm_jobs(folder, experiment), 0.0
     while jobs:
         if time.monotonic() >= next_line:
             names = ", ".join(f"{job.number} ({job.task}, {job.state.lower()})" for job in jobs)

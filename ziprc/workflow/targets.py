@@ -25,10 +25,7 @@ RESULTS = Path("results")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Experiments by name, with their plans, and the files that are wanted of them.
-
-    All goals when there are no `targets`; those of some `systems` when there are any.
-    """
+    """Experiments by name, with their plans, and the `targets`; without, all goals, or those of some `systems`."""
 
     graphs: Mapping[str, Graph]
     targets: tuple[str, ...] = ()
