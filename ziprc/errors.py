@@ -7,7 +7,7 @@ it without a traceback and exit with code 2. Everything else that escapes is a b
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -27,3 +27,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     match = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean '{match[0]}'?)" if match else f" (known: {', '.join(known)})"
+
+
+def first_few(names: Sequence[object], most: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

@@ -8,7 +8,7 @@ pieces, so that a kill costs the verdicts of one piece, not of a whole night of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from ziprc.config.load import Config
-from ziprc.errors import UserError
+from ziprc.errors import UserError, first_few
 from ziprc.progress import progress
 from ziprc.rewards.base import QUIET_S, Grade, Item, Verdict, decide, lacks_answer
 from ziprc.systems.shared import check_grades
@@ -25,7 +25,6 @@ from ziprc.tables.check import TEXT, TableSchema, column
 from ziprc.tables.grades import GRADES, GradeStatus
 from ziprc.tables.pieces import Pieces, cut
 
-NAMED_PROMPTS = 5
 ANSWERS_PER_PIECE = 2048
 
 Row = Mapping[str, Any]
@@ -55,14 +54,8 @@ def _check_needs(prompts: Mapping[str, Row], grader: str, lacks: Callable[[Item]
     if lacking:
         raise UserError(
             f"{source}: {len(lacking)} prompts lack {next(iter(lacking.values()))}, which the grader '{grader}' needs: "
-            f"{named(list(lacking))}. Mend or drop them, or choose another grader (grades.rule)."
+            f"{first_few(list(lacking))}. Mend or drop them, or choose another grader (grades.rule)."
         )
-
-
-def named(prompt_ids: Sequence[str]) -> str:
-    """The first few of many prompts."""
-    more = f" and {len(prompt_ids) - NAMED_PROMPTS} more" if len(prompt_ids) > NAMED_PROMPTS else ""
-    return ", ".join(prompt_ids[:NAMED_PROMPTS]) + more
 
 
 def parts_of(answers: Iterable[Answer]) -> list[list[Answer]]:
@@ -85,7 +78,11 @@ def grade_answers(config: Config, prompts: Mapping[str, Row], pieces: Pieces) ->
     ):
         for number in missing:
             found = decide({(key, text): _item(prompts[key], text) for key, text in parts[number]}, rule, judge)
-            pieces.write(number, VERDICTS.make(_row(answer, verdict) for answer, verdict in found.items()))
+            rows = (
+                {"prompt_id": key, "answer": text, "grader": verdict.grader, **vars(verdict.grade)}
+                for (key, text), verdict in found.items()
+            )
+            pieces.write(number, VERDICTS.make(rows))
             bar.update(len(found))
         verdicts = dict(_verdict(row) for group in pieces.groups() for row in group.to_pylist())
         if judge:
@@ -95,10 +92,6 @@ def grade_answers(config: Config, prompts: Mapping[str, Row], pieces: Pieces) ->
 
 def _item(prompt: Row, response: str) -> Item:
     return Item(tuple(prompt["messages"]), response, prompt["answer"], json.loads(prompt["extra"]))
-
-
-def _row(answer: Answer, verdict: Verdict) -> Row:
-    return {"prompt_id": answer[0], "answer": answer[1], "grader": verdict.grader, **vars(verdict.grade)}
 
 
 def _verdict(row: dict[str, Any]) -> tuple[Answer, Verdict]:

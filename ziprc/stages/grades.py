@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ziprc.chat import visible_answer
-from ziprc.errors import UserError
+from ziprc.errors import UserError, first_few
 from ziprc.rewards.base import Verdict, ungraded
-from ziprc.rewards.grading import VERDICTS, check_gradable, grade_answers, named, parts_of
+from ziprc.rewards.grading import VERDICTS, check_gradable, grade_answers, parts_of
 from ziprc.stages.context import Context, run_stage
 from ziprc.tables.grades import GRADES, GradeStatus
 from ziprc.tables.prompts import PROMPTS
@@ -23,16 +22,6 @@ from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 UNFINISHED = Verdict("none", ungraded(GradeStatus.UNFINISHED))
 
 Row = Mapping[str, Any]
-
-
-def check_prompts(rollouts: Sequence[Row], prompts: Mapping[str, Row], source: Path) -> None:
-    """UserError unless every rollout's prompt is in the table."""
-    absent = sorted({r["prompt_id"] for r in rollouts} - set(prompts))
-    if absent:
-        raise UserError(
-            f"{source}: {len(absent)} prompts of the rollouts are missing from column 'prompt_id': {named(absent)}. "
-            "The rollouts belong to other prompts: build them again."
-        )
 
 
 def summary(grades: Sequence[Row]) -> str:
@@ -48,7 +37,11 @@ def run(context: Context) -> str:
     prompts = {row["prompt_id"]: row for row in PROMPTS.read(source).to_pylist()}
     wanted = ["rollout_id", "prompt_id", "response_text", "finish_reason"]
     rollouts = ROLLOUTS.read(context.reads["rollouts"]).select(wanted).to_pylist()
-    check_prompts(rollouts, prompts, source)
+    if absent := sorted({r["prompt_id"] for r in rollouts} - set(prompts)):
+        raise UserError(
+            f"{source}: {len(absent)} prompts of the rollouts are missing from column 'prompt_id': {first_few(absent)}. "
+            "The rollouts belong to other prompts: build them again."
+        )
     check_gradable(context.config, {r["prompt_id"]: prompts[r["prompt_id"]] for r in rollouts}, source)
     answers = {
         r["rollout_id"]: (r["prompt_id"], visible_answer(r["response_text"]))

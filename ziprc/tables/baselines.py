@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ziprc.tables.check import TEXT, TableSchema, column
+from ziprc.tables.check import TEXT, TableSchema, column, columns
 
 BASELINES = TableSchema(
     "baselines",
-    pa.schema(
-        [
-            column("rollout_id", TEXT),
-            column("predictor", TEXT),
-            column("moment", TEXT),
-            column("expected_reward", pa.float32()),
-        ]
-    ),
+    pa.schema([*columns(TEXT, "rollout_id", "predictor", "moment"), column("expected_reward", pa.float32())]),
     key=("rollout_id", "predictor", "moment"),
     unit_range=("expected_reward",),
 )

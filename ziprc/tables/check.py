@@ -19,18 +19,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ziprc.errors import UserError
+from ziprc.errors import UserError, first_few
 from ziprc.store.files import atomic_path
 
 TEXT = pa.large_string()
 TOKENS = pa.large_list(pa.int32())
-FIRST_BAD_ROWS = 5
 GROUP_BYTES = 128 << 20  # of a row group, uncompressed
 
 
 def column(name: str, kind: pa.DataType, null: bool = False) -> pa.Field:
     """A column of a schema; null only where it says so."""
     return pa.field(name, kind, nullable=null)
+
+
+def columns(kind: pa.DataType, *names: str, null: bool = False) -> list[pa.Field]:
+    """Columns of one type that stand side by side."""
+    return [column(name, kind, null) for name in names]
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,6 @@ class TableSchema:
             column_name, mask, why = self.rule(table)
             if bad := _rows_where(mask):
                 _fail(where, column_name, bad, why)
-        self._check_key(table, where)
-
-    def _check_key(self, table: pa.Table, where: str) -> None:
         grouped = table.select(list(self.key)).group_by(list(self.key)).aggregate([([], "count_all")])
         if grouped.num_rows == table.num_rows:
             return
@@ -115,9 +116,7 @@ class TableSchema:
 
 
 def _fail(where: str, column: str, bad: Sequence[int], why: str) -> None:
-    rows = ", ".join(str(i) for i in bad[:FIRST_BAD_ROWS])
-    more = f" and {len(bad) - FIRST_BAD_ROWS} more" if len(bad) > FIRST_BAD_ROWS else ""
-    raise UserError(f"{where}: column '{column}', rows {rows}{more}: {why}.")
+    raise UserError(f"{where}: column '{column}', rows {first_few(bad)}: {why}.")
 
 
 def _rows_where(mask: pa.ChunkedArray | pa.Array) -> list[int]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ziprc.errors import UserError
-from ziprc.tables.check import TEXT, TableSchema, column
+from ziprc.tables.check import TEXT, TableSchema, column, columns
 
 
 class GradeStatus(StrEnum):
@@ -35,13 +35,10 @@ GRADES = TableSchema(
     "grades",
     pa.schema(
         [
-            column("rollout_id", TEXT),
-            column("grader", TEXT),
+            *columns(TEXT, "rollout_id", "grader"),
             column("score", pa.float32(), null=True),
             column("status", TEXT),
-            column("extracted_answer", TEXT, null=True),
-            column("rationale", TEXT, null=True),
-            column("parts", TEXT, null=True),
+            *columns(TEXT, "extracted_answer", "rationale", "parts", null=True),
         ]
     ),
     key=("rollout_id", "grader"),
@@ -56,10 +53,9 @@ def one_a_rollout(table: pa.Table, where: str) -> None:
     counts = table.group_by("rollout_id").aggregate([([], "count_all")])
     several = counts.filter(pc.greater(counts["count_all"], 1))
     if several.num_rows:
-        graders = (
-            f" by {', '.join(sorted(pc.unique(table['grader']).to_pylist()))}" if "grader" in table.column_names else ""
-        )
+        graders = sorted(pc.unique(table["grader"]).to_pylist()) if "grader" in table.column_names else []
+        who = f" by {', '.join(graders)}" if graders else ""
         raise UserError(
-            f"{where}: column 'rollout_id': {several.num_rows} rollouts have more than one row{graders}, for example "
+            f"{where}: column 'rollout_id': {several.num_rows} rollouts have more than one row{who}, for example "
             f"{several['rollout_id'][0].as_py()}. One is expected: keep the rows of one grader in a table."
         )

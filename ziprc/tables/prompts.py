@@ -7,24 +7,19 @@ from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
 
-from ziprc.errors import UserError
-from ziprc.tables.check import TEXT, TableSchema, column
+from ziprc.errors import UserError, first_few
+from ziprc.tables.check import TEXT, TableSchema, column, columns
 
-FIRST_SHARED = 5  # prompts named in an error
 MESSAGES = pa.large_list(pa.struct([("role", TEXT), ("content", TEXT)]))
 
 PROMPTS = TableSchema(
     "prompts",
     pa.schema(
         [
-            column("prompt_id", TEXT),
-            column("task", TEXT),
-            column("source", TEXT),
-            column("split", TEXT),
+            *columns(TEXT, "prompt_id", "task", "source", "split"),
             column("messages", MESSAGES),
             column("answer", TEXT, null=True),
-            column("difficulty", TEXT),
-            column("extra", TEXT),
+            *columns(TEXT, "difficulty", "extra"),
         ]
     ),
     key=("prompt_id",),
@@ -53,9 +48,8 @@ def check_disjoint(tables: Mapping[str, pa.Table]) -> None:
                     break
         if shared:
             other, names = next(iter(shared.items()))
-            more = f" and {len(names) - FIRST_SHARED} more" if len(names) > FIRST_SHARED else ""
             raise UserError(
                 f"The prompts of '{split}' and '{other}' are not disjoint: {len(names)} of '{split}' are in '{other}' too "
-                f"({', '.join(names[:FIRST_SHARED])}{more}), so what is measured on the one was learned or chosen on the "
+                f"({first_few(names)}), so what is measured on the one was learned or chosen on the "
                 "other. Cut the splits apart in prompts.settings, or drop the prompts from the data."
             )

@@ -7,7 +7,7 @@ from enum import StrEnum
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ziprc.tables.check import TEXT, TOKENS, TableSchema, column
+from ziprc.tables.check import TEXT, TOKENS, TableSchema, column, columns
 
 
 class FinishReason(StrEnum):
@@ -27,14 +27,11 @@ ROLLOUTS = TableSchema(
     "rollouts",
     pa.schema(
         [
-            column("rollout_id", TEXT),
-            column("prompt_id", TEXT),
+            *columns(TEXT, "rollout_id", "prompt_id"),
             column("sample_index", pa.int32()),
             column("seed", pa.int64()),
-            column("prompt_token_ids", TOKENS),
-            column("response_token_ids", TOKENS),
-            column("response_text", TEXT),
-            column("finish_reason", TEXT),
+            *columns(TOKENS, "prompt_token_ids", "response_token_ids"),
+            *columns(TEXT, "response_text", "finish_reason"),
             column("thinking", pa.bool_()),
             column("policy", TEXT),
         ]

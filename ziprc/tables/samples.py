@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ziprc.tables.check import TEXT, TableSchema, column
+from ziprc.tables.check import TEXT, TableSchema, column, columns
 from ziprc.tables.grades import GradeStatus
 
 SAMPLES = TableSchema(
     "samples",
     pa.schema(
         [
-            column("prompt_id", TEXT),
-            column("policy", TEXT),
-            column("budget", TEXT),
-            column("decision", pa.int32()),
-            column("step", pa.int32()),
-            column("branch_id", pa.int32()),
-            column("parent", pa.int32()),
-            column("fork", pa.int32()),
-            column("length", pa.int32()),
-            column("status", TEXT),
-            column("action", TEXT),
-            column("expected_reward", pa.float32(), null=True),
-            column("expected_remaining", pa.float32(), null=True),
+            *columns(TEXT, "prompt_id", "policy", "budget"),
+            *columns(pa.int32(), "decision", "step", "branch_id", "parent", "fork", "length"),
+            *columns(TEXT, "status", "action"),
+            *columns(pa.float32(), "expected_reward", "expected_remaining", null=True),
             column("tokens_spent", pa.int32()),
             column("utility", pa.float32(), null=True),
             column("signals", pa.large_list(pa.float32())),
@@ -35,10 +26,8 @@ SAMPLES = TableSchema(
             column("spot", pa.int32(), null=True),
             column("spot_signals", pa.large_list(pa.float32()), null=True),
             column("selected", pa.bool_()),
-            column("answer", TEXT, null=True),
-            column("grade_status", TEXT, null=True),
-            column("score", pa.float32(), null=True),
-            column("probability", pa.float32(), null=True),
+            *columns(TEXT, "answer", "grade_status", null=True),
+            *columns(pa.float32(), "score", "probability", null=True),
             column("prefill", pa.int32(), null=True),
             column("error", TEXT, null=True),
             column("lost", pa.int32(), null=True),

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ziprc.tables.check import TEXT, TableSchema, column
+from ziprc.tables.check import TEXT, TableSchema, column, columns
 
 VALUES = TableSchema(
     "values",
-    pa.schema(
-        [
-            column("rollout_id", TEXT),
-            column("critic", TEXT),
-            column("fold", pa.int32()),
-            column("value", pa.float32()),
-        ]
-    ),
+    pa.schema([*columns(TEXT, "rollout_id", "critic"), column("fold", pa.int32()), column("value", pa.float32())]),
     key=("rollout_id",),
     unit_range=("value",),
 )
