@@ -53,11 +53,9 @@ class Grader(Protocol):
 
     def lacks(self, item: Item) -> str | None:
         """What the prompt would need for this grader and does not have; None when it has everything."""
-        ...
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """One grade per item, in order; a grade depends on its item alone."""
-        ...
 
 
 def graded(score: float, extracted_answer: str | None = None, rationale: str | None = None) -> Grade:

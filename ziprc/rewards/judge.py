@@ -111,7 +111,11 @@ class JudgeGrader:
                 )
             else:
                 requests[i] = request
-        grades |= self._verdicts(requests)
+        if requests:
+            self.engine = self.engine or self.start()
+            with progress(len(requests), "grades by judge", "verdicts", after_s=QUIET_S) as bar:
+                responses = self.engine.generate(list(requests.values()), lambda _: bar.update(1))
+            grades |= {i: self._grade_from(response) for i, response in zip(requests, responses, strict=True)}
         return [grades[i] for i in range(len(items))]
 
     def check(self, grades: Iterable[Grade]) -> None:
@@ -127,14 +131,6 @@ class JudgeGrader:
         }
         content = INSTRUCTION.format(**{tag: as_data(text, self.forbidden) for tag, text in parts.items()})
         return prompt_token_ids(self.tokenizer, [{"role": "user", "content": content}], thinking=False)
-
-    def _verdicts(self, requests: dict[int, Request]) -> dict[int, Grade]:
-        if not requests:
-            return {}
-        self.engine = self.engine or self.start()
-        with progress(len(requests), "grades by judge", "verdicts", after_s=QUIET_S) as bar:
-            responses = self.engine.generate(list(requests.values()), lambda _: bar.update(1))
-        return {i: self._grade_from(response) for i, response in zip(requests, responses, strict=True)}
 
     def _grade_from(self, response: Response) -> Grade:
         text = self.tokenizer.decode(response.token_ids, skip_special_tokens=True).strip()

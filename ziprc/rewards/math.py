@@ -10,6 +10,7 @@ Model text travels as JSON; the only part of it that SymPy's parser is given con
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ziprc.chat import visible_answer
 from ziprc.config.load import Config
@@ -53,6 +54,8 @@ class _Child:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready = False
         self.item: int | None = None
         self.deadline = time.monotonic() + START_S
@@ -61,27 +64,22 @@ class _Child:
         """Hand over one item. A child that is already gone is noticed at the end of its output, not here."""
         self.item, self.deadline = item, time.monotonic() + wall_s
         with contextlib.suppress(BrokenPipeError):
-            self._pipe(self.process.stdin).write(payload)
-            self._pipe(self.process.stdin).flush()
+            self.stdin.write(payload)
+            self.stdin.flush()
 
     def read(self) -> dict[str, Any] | None:
         """The next message, or None when the child is gone (a cut line counts as gone)."""
-        line = self._pipe(self.process.stdout).readline()
+        line = self.stdout.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
     def stop(self) -> int:
         """End the process and return its exit status."""
         self.process.kill()
         status = self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.stdin, self.stdout):
             with contextlib.suppress(BrokenPipeError):
-                self._pipe(pipe).close()
+                pipe.close()
         return status
-
-    @staticmethod
-    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
-        assert pipe is not None
-        return pipe
 
 
 class MathGrader:
@@ -97,9 +95,6 @@ class MathGrader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         for child in self.children:
             child.stop()
         self.children = []
@@ -116,43 +111,40 @@ class MathGrader:
                 grades[i] = graded(1, answer[:EXTRACTED_CHARACTERS])  # the same text: nothing to work out
             else:
                 waiting.append(i)
-        payloads = {i: _payload(items[i]) for i in waiting}
         while len(grades) < len(items):
-            self._start_children(len(items) - len(grades))
+            while len(self.children) < min(self.workers, len(items) - len(grades)):
+                self.children.append(_Child(self.command, self.timeout_s))
             for child in self.children:
                 if child.ready and child.item is None and waiting:
                     i = waiting.popleft()
-                    child.send(i, payloads[i], self.timeout_s * WALL_PER_CPU)
+                    texts = {"reference": items[i].answer, "answer": visible_answer(items[i].response)}
+                    child.send(i, json.dumps(texts).encode() + b"\n", self.timeout_s * WALL_PER_CPU)
             self._collect(grades)
         return [grades[i] for i in range(len(items))]
-
-    def _start_children(self, useful: int) -> None:
-        while len(self.children) < min(self.workers, useful):
-            self.children.append(_Child(self.command, self.timeout_s))
 
     def _collect(self, grades: dict[int, Grade]) -> None:
         """Wait for the next message, end or deadline of any child."""
         with selectors.DefaultSelector() as selector:
             active = [child for child in self.children if child.item is not None or not child.ready]
             for child in active:
-                selector.register(_Child._pipe(child.process.stdout), selectors.EVENT_READ, child)
+                selector.register(child.stdout, selectors.EVENT_READ, child)
             patience = max(0.0, min(child.deadline for child in active) - time.monotonic())
             speaking = [key.data for key, _ in selector.select(patience)]
         for child in speaking:
-            self._hear(child, grades)
+            message = child.read()
+            if message is None:
+                self._bury(child, grades, overdue=False)
+            elif child.item is None:
+                child.ready = True
+            else:
+                if (score := message["score"]) is None:
+                    grades[child.item] = ungraded(GradeStatus.ERROR, message["why"])
+                else:
+                    grades[child.item] = graded(score, message["extracted"])
+                child.item = None
         for child in active:
             if child not in speaking and time.monotonic() >= child.deadline:
                 self._bury(child, grades, overdue=True)
-
-    def _hear(self, child: _Child, grades: dict[int, Grade]) -> None:
-        message = child.read()
-        if message is None:
-            self._bury(child, grades, overdue=False)
-        elif child.item is None:
-            child.ready = True
-        else:
-            grades[child.item] = _grade_from(message)
-            child.item = None
 
     def _bury(self, child: _Child, grades: dict[int, Grade], overdue: bool) -> None:
         """Remove a dead or overdue child and record what that means for the item it had."""
@@ -173,16 +165,6 @@ def grader(config: Config) -> MathGrader:
     return MathGrader(config.grades.timeout_s, min(os.cpu_count() or 1, MOST_WORKERS))
 
 
-def _payload(item: Item) -> bytes:
-    return json.dumps({"reference": item.answer, "answer": visible_answer(item.response)}).encode() + b"\n"
-
-
-def _grade_from(message: dict[str, Any]) -> Grade:
-    if message["score"] is None:
-        return ungraded(GradeStatus.ERROR, message["why"])
-    return graded(message["score"], message["extracted"])
-
-
 # --- the child -------------------------------------------------------------------------------------------------------
 
 
@@ -196,17 +178,14 @@ def compare(reference: str, answer: str) -> dict[str, Any]:
         return {"score": None, "extracted": None, "why": f"math-verify cannot read the reference {reference!r}"}
     found = parse(answer, parsing_timeout=None)
     extracted = str(found[-1])[:EXTRACTED_CHARACTERS] if found else None
-    failure: Exception | None = None
-    for g in gold:
-        for f in found:
-            try:
-                if verify(g, f, timeout_seconds=None, raise_on_error=True):
-                    return {"score": 1.0, "extracted": extracted, "why": None}
-            except Exception as error:  # the boundary to SymPy, which raises anything; recorded, never "wrong"
-                failure = error
-    if failure is not None:
-        return {"score": None, "extracted": extracted, "why": f"comparison failed: {type(failure).__name__}: {failure}"}
-    return {"score": 0.0, "extracted": extracted, "why": None}
+    why = None
+    for g, f in itertools.product(gold, found):
+        try:
+            if verify(g, f, timeout_seconds=None, raise_on_error=True):
+                return {"score": 1.0, "extracted": extracted, "why": None}
+        except Exception as error:  # the boundary to SymPy, which raises anything; recorded, never "wrong"
+            why = f"comparison failed: {type(error).__name__}: {error}"
+    return {"score": None if why else 0.0, "extracted": extracted, "why": why}
 
 
 def serve(timeout_s: float) -> None:
