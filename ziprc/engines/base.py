@@ -101,6 +101,11 @@ class EngineSettings:
     enforce_eager: bool = True
     stall_limit_s: float = 900.0  # a step that takes longer ends the process (watchdog.py)
 
+    @property
+    def joint_rows(self) -> slice | None:
+        """The rows of the joint head, where it is read."""
+        return None if self.joint is None else self.joint.layout.joint_slice
+
 
 class Session(Protocol):
     """Live control of an engine: requests come and go while others decode.
@@ -111,19 +116,15 @@ class Session(Protocol):
 
     def add(self, request: Request) -> None:
         """Let the request join at the next step, or as soon as there is room. UserError when it can never fit."""
-        ...
 
     def abort(self, keys: Iterable[str]) -> None:
         """These emit nothing more and free their memory; a key that has already finished is no error."""
-        ...
 
     def step(self) -> Step | None:
         """Decode one token of every request that has room; None when nothing is in flight."""
-        ...
 
     def close(self) -> None:
         """Abort whatever is in flight; the engine may then generate, or open another session."""
-        ...
 
 
 class Engine(Protocol):
@@ -134,11 +135,9 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
         """Responses in the order of the requests; `on_tokens` hears how many tokens each finished response has."""
-        ...
 
     def session(self) -> Session:
         """A drained engine with an empty prefix cache, under live control; one at a time."""
-        ...
 
     def close(self) -> None: ...
 
@@ -164,19 +163,11 @@ def settings_for(
 ) -> EngineSettings:
     """How the model in `folder` is run: lengths and dtype from its section, knobs from `runtime`; no unknown id is sampled."""
     return EngineSettings(
-        model=folder,
-        sampling=sampling,
-        stop_token_ids=stop_token_ids(folder, tokenizer),
-        banned=unknown_rows(folder, tokenizer),
-        max_model_len=own.max_model_len,
-        dtype=own.dtype,
-        max_num_seqs=machine.max_num_seqs,
-        tensor_parallel=tensor_parallel,
-        gpu_memory_utilization=machine.gpu_memory_utilization,
-        kv_cache_gib=machine.kv_cache_gib,
-        enforce_eager=machine.enforce_eager,
-        stall_limit_s=machine.stall_limit_s,
-    )
+        folder, sampling, stop_token_ids(folder, tokenizer), unknown_rows(folder, tokenizer), own.max_model_len,
+        dtype=own.dtype, tensor_parallel=tensor_parallel,
+        max_num_seqs=machine.max_num_seqs, gpu_memory_utilization=machine.gpu_memory_utilization,
+        kv_cache_gib=machine.kv_cache_gib, enforce_eager=machine.enforce_eager, stall_limit_s=machine.stall_limit_s,
+    )  # fmt: skip
 
 
 def own_dtype(settings: EngineSettings, on_cpu: bool) -> str:

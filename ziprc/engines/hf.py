@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from ziprc.config.base import Sampling
 from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, Step, check_request, own_dtype
-from ziprc.engines.taps import LogitsTap, Place, ReadJoint, ReadStates, StepStates, TextRows, taps_of
+from ziprc.engines.taps import LogitsTap, Place, ReadJoint, ReadStates, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
 from ziprc.joint.checkpoint import load_model
 from ziprc.tables.rollouts import FinishReason
@@ -103,10 +103,6 @@ class _Row:
     log_prob: float = 0.0  # of the last token, where a session asks for it
 
     @property
-    def text(self) -> tuple[int, ...]:
-        return (*self.request.prompt_token_ids, *self.tokens)
-
-    @property
     def place(self) -> Place:
         return self.number, len(self.tokens)
 
@@ -159,7 +155,7 @@ class HFEngine:
         for start in range(0, len(order), self.settings.max_num_seqs):
             batch = order[start : start + self.settings.max_num_seqs]
             rows = [self._row(requests[i], number) for number, i in enumerate(batch)]
-            reader = ReadJoint(self.settings.joint.layout.joint_slice) if self.settings.joint else None
+            reader = ReadJoint(self.settings.joint_rows) if self.settings.joint_rows else None
             self._finish(rows, taps_of(self.settings, reader), on_tokens or (lambda tokens: None))
             joint = reader.by_request([len(row.tokens) for row in rows]) if reader else [None] * len(rows)
             responses.update((i, row.response(own)) for i, row, own in zip(batch, rows, joint, strict=True))
@@ -179,7 +175,7 @@ class HFEngine:
 
     def _padded(self, rows: Sequence[_Row]) -> _Inputs:
         """Prompts, and whatever has been sampled after them; padded on the left, with an empty cache."""
-        texts = [torch.tensor(row.text) for row in rows]
+        texts = [torch.tensor((*row.request.prompt_token_ids, *row.tokens)) for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_side="left").to(self.device)
         lengths = torch.tensor([len(text) for text in texts], device=self.device)
         mask = (torch.arange(ids.shape[1], device=self.device) >= ids.shape[1] - lengths[:, None]).long()
@@ -208,13 +204,9 @@ class HFEngine:
         """The next token of every row, [B]: one forward pass, the taps, a draw."""
         with self.watchdog.watching():
             output = self.model(
-                input_ids=inputs.ids,
-                attention_mask=inputs.mask,
-                position_ids=inputs.positions,
-                past_key_values=inputs.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+                input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions,
+                past_key_values=inputs.cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
         logits = output.logits[:, -1].float()
         places = [row.place for row in batch]
         for tap in taps:
@@ -228,8 +220,7 @@ class HFSession:
     def __init__(self, engine: HFEngine) -> None:
         settings = engine.settings
         self.engine = engine
-        text = TextRows(settings.banned, engine.model.config.vocab_size)
-        self.reader = ReadStates(settings.joint.layout.joint_slice if settings.joint else None, text)
+        self.reader = ReadStates(settings.joint_rows, TextRows(settings.banned, engine.model.config.vocab_size))
         self.taps = taps_of(settings, self.reader)
         self.rows: list[_Row] = []
         self._numbers = itertools.count()
@@ -252,16 +243,12 @@ class HFSession:
         if not batch:
             return None
         tokens = self.engine._next(batch, self.engine._padded(batch), self.taps).cpu().numpy().astype(np.int32)
-        step = self._emitted(batch, tokens, self.reader.take([row.place for row in batch], tokens))
-        self.rows = [row for row in self.rows if row.finish_reason is None]
-        return step
-
-    def _emitted(self, batch: Sequence[_Row], tokens: NDArray[np.int32], states: StepStates) -> Step:
-        """Append the tokens [B] and say what was drawn in which state."""
+        states = self.reader.take([row.place for row in batch], tokens)
         log_prob = np.array([row.log_prob for row in batch], dtype=np.float32)
         for row, token, own in zip(batch, tokens.tolist(), states.log_prob.tolist(), strict=True):
             row.add(token)
             row.log_prob = own
+        self.rows = [row for row in self.rows if row.finish_reason is None]
         return Step(
             keys=[row.request.key for row in batch],
             token_ids=tokens,

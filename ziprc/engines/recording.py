@@ -41,12 +41,6 @@ class Wanted:
         return digest_json(content)[:ID_LENGTH]
 
 
-def _texts(responses: Sequence[Response], tokenizer: Any) -> list[str]:
-    """Responses as text: special tokens kept, the stop token left out."""
-    ids = [r.token_ids[:-1] if r.finish_reason is FinishReason.STOP else r.token_ids for r in responses]
-    return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
 def _token_lists(lists: Sequence[Sequence[int]]) -> pa.LargeListArray:
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
     values = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
@@ -54,7 +48,8 @@ def _token_lists(lists: Sequence[Sequence[int]]) -> pa.LargeListArray:
 
 
 def rollout_table(wanted: Sequence[Wanted], responses: Sequence[Response], policy: str, tokenizer: Any) -> pa.Table:
-    """Columns of the rollouts table, in the order wanted."""
+    """Columns of the rollouts table, in the order wanted; texts keep special tokens, but not the stop token."""
+    ids = [r.token_ids[:-1] if r.finish_reason is FinishReason.STOP else r.token_ids for r in responses]
     return ROLLOUTS.make(
         {
             "rollout_id": [w.rollout_id(policy) for w in wanted],
@@ -63,7 +58,7 @@ def rollout_table(wanted: Sequence[Wanted], responses: Sequence[Response], polic
             "seed": [w.seed for w in wanted],
             "prompt_token_ids": _token_lists([w.prompt for w in wanted]),
             "response_token_ids": _token_lists([r.token_ids for r in responses]),
-            "response_text": _texts(responses, tokenizer),
+            "response_text": tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
             "finish_reason": [r.finish_reason.value for r in responses],
             "thinking": [w.thinking for w in wanted],
             "policy": [policy] * len(wanted),

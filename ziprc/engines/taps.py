@@ -30,7 +30,6 @@ Place = tuple[int, int]  # number of the request, position
 class LogitsTap(Protocol):
     def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
         """Row i of `logits` [B, V] is the state of `places[i]`; it may be changed, in place."""
-        ...
 
 
 class Ban:

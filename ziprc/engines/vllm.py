@@ -141,7 +141,7 @@ class VLLMEngine:
 
     def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
         """As `Engine.generate`."""
-        reader = ReadJoint(self.settings.joint.layout.joint_slice) if self.settings.joint else None
+        reader = ReadJoint(self.settings.joint_rows) if self.settings.joint_rows else None
         self._start(reader)
         for number, request in enumerate(requests):
             self._add(request, number)
@@ -162,9 +162,8 @@ class VLLMEngine:
         ]
 
     def session(self) -> VLLMSession:
-        joint = self.settings.joint.layout.joint_slice if self.settings.joint else None
         vocab_size = read_json(self.settings.model / "config.json")["vocab_size"]
-        reader = ReadStates(joint, TextRows(self.settings.banned, vocab_size))
+        reader = ReadStates(self.settings.joint_rows, TextRows(self.settings.banned, vocab_size))
         self._start(reader)
         self._session = VLLMSession(self, reader)
         return self._session

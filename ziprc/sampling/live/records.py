@@ -11,7 +11,6 @@ from ziprc.sampling.tree import Trees
 from ziprc.tables.rollouts import FinishReason
 
 
-# What goes in and what comes out.
 @dataclass(frozen=True)
 class Question:
     """A prompt to answer; `seed` and the slot make the seed of every sample."""
@@ -27,7 +26,6 @@ class Answers(Protocol):
     def __call__(self, prompt: int, token_ids: Sequence[int]) -> int | None:
         """Number of the canonical answer of a whole response, stop token included: equal answers of a prompt have equal
         numbers from 0 on; None where there is no answer."""
-        ...
 
 
 @dataclass(frozen=True)
