@@ -23,10 +23,9 @@ Rows = NDArray[np.int64]  # prompts, by their row in the trees
 FEATURES, LOG_PROB, JOINT = slice(0, len(f.FEATURES)), len(f.FEATURES), slice(len(f.FEATURES) + 1, None)  # of a reading
 
 
-# What is kept while a prompt is in flight.
 @dataclass
 class _Stem:
-    """One branch, running or not."""
+    """One branch, running or not, while its prompt is in flight."""
 
     row: int
     slot: int

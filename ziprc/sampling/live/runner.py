@@ -97,7 +97,11 @@ class Runner:
 
     def run(self) -> Iterator[Answered]:
         """Every question, once, in the order in which answers are found. UserError for a prompt that can never fit."""
-        self._check_prompts()
+        ordered = sorted(self.questions, key=lambda question: len(question.prompt_token_ids))
+        for question in ordered[:1] + ordered[1:][-1:]:  # the session refuses one that cannot fit before any is decoded
+            request = Request(f"prompt {question.key}", question.prompt_token_ids, question.seed, self.max_new_tokens)
+            self.session.add(request)
+            self.session.abort([request.key])
         try:
             while self._queue or self._flights:
                 with self._timed("total_s"):
@@ -149,13 +153,6 @@ class Runner:
 
     # Coming: questions become flights, branches become requests.
 
-    def _check_prompts(self) -> None:
-        """Let the session refuse the longest and the shortest prompt before anything is decoded."""
-        for question in _extremes(self.questions):
-            request = Request(f"prompt {question.key}", question.prompt_token_ids, question.seed, self.max_new_tokens)
-            self.session.add(request)
-            self.session.abort([request.key])
-
     def _admit(self) -> None:
         while self._queue and len(self._flights) < self._seats():
             row = next(row for row in range(len(self._trees)) if row not in self._flights)
@@ -205,21 +202,17 @@ class Runner:
         heard[p] = True
         trees.latency += heard
         self._steps += heard
-        for stem, token in zip(stems, step.token_ids.tolist(), strict=True):
+        for stem, token, reading in zip(stems, step.token_ids.tolist(), readings, strict=True):
             stem.token_ids.append(token)
-        if can_branch:
-            for stem, reading in zip(stems, readings, strict=True):
+            if can_branch:
                 stem.readings.append(reading)
-        for i in np.flatnonzero(step.position == 0):
-            self._count_prefill(stems[i], int(step.cached[i]))
+        for i in np.flatnonzero(step.position == 0):  # its prompt has been computed; one aborted before costs nothing
+            flight = self._flights[stems[i].row]
+            prefix = len(flight.question.prompt_token_ids) + int(self._joined[p[i], s[i]])
+            flight.prefill += prefix - int(step.cached[i])
         for stem, reason in zip(stems, step.finish, strict=True):
             if reason is not None:
                 self._finish(stem, reason)
-
-    def _count_prefill(self, stem: _Stem, cached: int) -> None:
-        """Once a request has its first token its prompt has been computed; one that is aborted before costs nothing."""
-        flight = self._flights[stem.row]
-        flight.prefill += len(flight.question.prompt_token_ids) + int(self._joined[stem.row, stem.slot]) - cached
 
     def _finish(self, stem: _Stem, reason: FinishReason) -> None:
         del self._flying[stem.key]
@@ -331,19 +324,11 @@ class Runner:
         self._abort([stem for stem in self._flights[row].stems if stem.key in self._flying])
         flight = self._land(row)
         return Answered(
-            index=flight.index,
-            question=flight.question,
-            branches=tuple(stem.frozen() for stem in flight.stems),
-            slot=slot,
-            probability=probability,
-            tokens=int(self._trees.spent[row]),
-            prefill=flight.prefill,
-            latency=int(self._trees.latency[row]),
-            seconds=self.seconds() - flight.admitted,
-            decisions=flight.decisions,
-            error=flight.error,
+            flight.index, flight.question, tuple(stem.frozen() for stem in flight.stems), slot, probability,
+            tokens=int(self._trees.spent[row]), prefill=flight.prefill, latency=int(self._trees.latency[row]),
+            seconds=self.seconds() - flight.admitted, decisions=flight.decisions, error=flight.error,
             lost=self._alone.pop(flight.index, 0),
-        )
+        )  # fmt: skip
 
     def _land(self, row: int) -> _Flight:
         self._trees.status[row] = Status.FREE
@@ -405,19 +390,11 @@ def _one(record: T, i: int) -> T:
 def is_bug_of_ours(error: Exception) -> bool:
     """An assertion of this package that did not hold; one of vLLM's is a failure of the engine like any other."""
     where = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, AssertionError) and [frame for frame, _ in where][-1].f_globals["__name__"].startswith(
-        "ziprc"
-    )
+    return isinstance(error, AssertionError) and list(where)[-1][0].f_globals["__name__"].startswith("ziprc")
 
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _extremes(questions: Sequence[Question]) -> list[Question]:
-    """The shortest and the longest prompt."""
-    ordered = sorted(questions, key=lambda question: len(question.prompt_token_ids))
-    return ordered[:1] + ordered[1:][-1:]
 
 
 def _check_settings(controller: Controller, window: int, max_new_tokens: int, cells: int, in_flight: int) -> None:
