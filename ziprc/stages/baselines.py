@@ -23,7 +23,6 @@ TORCH_SEEDS = 2**32
 
 
 def run(context: Context) -> str:
-    """Fit on the training rollouts, predict the test rollouts."""
     config, own, sources = context.config, context.config.baselines, context.reads
     rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
     known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))

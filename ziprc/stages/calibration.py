@@ -16,15 +16,13 @@ NUMPY_SEEDS = 2**32
 
 
 def run(context: Context) -> str:
-    """Write calibration.json of the head that the stage is named after."""
     config = context.config
     recorded = read_pool(context.reads, "validation", config.prompts.task)
     fitted = Fitted.fit(recorded.pool, recorded.grid, derived_seed(config.seed, "calibration") % NUMPY_SEEDS)
     write_json(context.target, fitted.to_dict())
     context.write_manifest()
-    return (
-        f"fitted on {recorded.pool.length.size} rollouts of {len(recorded.prompt_ids)} prompts, wrote {context.target}"
-    )
+    count, prompts = recorded.pool.length.size, len(recorded.prompt_ids)
+    return f"fitted on {count} rollouts of {prompts} prompts, wrote {context.target}"
 
 
 if __name__ == "__main__":

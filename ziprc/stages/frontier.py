@@ -13,7 +13,6 @@ NUMPY_SEEDS = 2**31
 
 
 def run(context: Context) -> str:
-    """Write frontier.json."""
     config, target, reads = context.config, context.target, context.reads
     pools = {split: read_pool(reads, split, config.prompts.task) for split in ("validation", "test")}
     fitted = read_fitted(reads["checkpoint"], pools["test"].grid)

@@ -70,15 +70,9 @@ def engine_settings(config: Config, folder: Path, tokenizer: Any) -> EngineSetti
     return settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel)
 
 
-def _tokenizer_digest(folder: Path) -> str:
-    names = [name for name in (*TOKENIZER_FILES, "chat_template.jinja") if (folder / name).exists()]
-    return digest_json({name: digest_file(folder / name) for name in sorted(names)})
-
-
 def run(context: Context) -> str:
     config, of, target, params = context.config, context.variant, context.target, context.params
     policy, own = context.reads["policy"], context.config.rollouts
-
     prompts = PROMPTS.read(context.reads["prompts"]).slice(0, of.limit).to_pylist()
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
     tokenizer = load_tokenizer(policy)
@@ -98,7 +92,9 @@ def run(context: Context) -> str:
         seen["finished"] += pc.sum(pc.equal(table["finish_reason"], FinishReason.STOP.value)).as_py()
         return table
 
-    metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": _tokenizer_digest(policy)}
+    files = [policy / name for name in sorted([*TOKENIZER_FILES, "chat_template.jinja"])]
+    digest = digest_json({file.name: digest_file(file) for file in files if file.exists()})
+    metadata = {"sampling": json.dumps(params, sort_keys=True), "tokenizer": digest}
     rows = pieces.merge(target, metadata, count)
     context.write_manifest()
     pieces.remove()

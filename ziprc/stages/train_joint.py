@@ -55,10 +55,8 @@ def run(context: Context) -> str:
         data.input_lengths(), head.batch_size, runtime.rollouts_per_device, world_size(), head.epochs, head.max_steps,
         seed, "train_joint",
     )  # fmt: skip
-    reference = None
-    if has_kl(head):
-        half = runtime.bf16 and torch.cuda.is_available()
-        reference = load_model(base, torch.bfloat16 if half else torch.float32).requires_grad_(False)
+    dtype = torch.bfloat16 if runtime.bf16 and torch.cuda.is_available() else torch.float32
+    reference = load_model(base, dtype).requires_grad_(False) if has_kl(head) else None
 
     def trainee(model: PreTrainedModel) -> Trainee:
         return joint_trainee(model, joint, head, runtime.position_chunk, reference)
@@ -69,10 +67,8 @@ def run(context: Context) -> str:
     }  # fmt: skip
     if is_main_process():
         left_out = ", ".join(f"{count} {why}" for why, count in data.dropped.items()) or "none"
-        print(
-            f"{name}: {len(data)} rollouts, {data.censored.sum()} of them censored; left out: {left_out}",
-            file=sys.stderr,
-        )
+        found = f"{len(data)} rollouts, {data.censored.sum()} of them censored"
+        print(f"{name}: {found}; left out: {left_out}", file=sys.stderr)
     done = train(
         context.target, record, trainee(model), lambda: trainee(load_model(base)), MicroBatches(data, order), head,
         runtime, "train_joint", tokenizer, joint, AutoConfig.from_pretrained(base).dtype or torch.float32,

@@ -44,14 +44,8 @@ class AnswerBook:
 def questions_of(prompts: Sequence[Mapping[str, Any]], tokenizer: Any, config: Config) -> list[Question]:
     """Prompts as the live runner takes them."""
     thinking = config.rollouts.test_thinking
-    return [
-        Question(
-            p["prompt_id"],
-            tuple(prompt_token_ids(tokenizer, p["messages"], thinking)),
-            derived_seed(config.seed, "samples", p["prompt_id"]),
-        )
-        for p in prompts
-    ]
+    ids = ((p["prompt_id"], tuple(prompt_token_ids(tokenizer, p["messages"], thinking))) for p in prompts)
+    return [Question(key, prompt, derived_seed(config.seed, "samples", key)) for key, prompt in ids]
 
 
 def budget_of(config: Config, setting: Setting) -> Budget:
