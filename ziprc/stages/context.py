@@ -1,7 +1,7 @@
 """What every stage is given, and how it starts and ends.
 
-A stage is started as `accelerate launch -m ziprc.stages.<stage> --experiment toy --name train [--set a.b=c …]`; it
-reads and writes where its declaration says (ziprc/systems/). Before anything is computed, its inputs are compared with
+A stage is started as `ziprc run <stage> --experiment toy --name train [--set a.b=c …]`, which accelerate launches where it
+trains in several processes (workflow/launch.py); it reads and writes where its declaration says (ziprc/systems/). Before anything is computed, its inputs are compared with
 their digests, and an artifact that the same recipe has made already is left as it is. One process at a time writes an
 artifact. On success the stage prints one line that says what was written where; a `UserError` ends it with one paragraph
 and exit code 2, SIGTERM (a preemption, say) with one sentence and exit code 143, Ctrl-C with 130. Whatever ends it, the same
@@ -163,7 +163,7 @@ def run_stage(stage: str, run: Run, argv: Sequence[str] | None = None) -> None:
         prog=f"ziprc.stages.{stage}",
         description=sys.modules[run.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example: accelerate launch -m ziprc.stages.{stage} --experiment smoke --name train",
+        epilog=f"example: python -m ziprc.stages.{stage} --experiment smoke --name train",
     )
     add_experiment_arguments(parser)
     parser.add_argument("--name", required=True, help="which of the stage's artifacts to build")
