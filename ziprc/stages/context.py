@@ -1,11 +1,11 @@
 """What every stage is given, and how it starts and ends.
 
 A stage is started as `ziprc run <stage> --experiment toy --name train [--set a.b=c …]`, which accelerate launches where it
-trains in several processes (workflow/launch.py); it reads and writes where its declaration says (ziprc/systems/). Before anything is computed, its inputs are compared with
-their digests, and an artifact that the same recipe has made already is left as it is. One process at a time writes an
-artifact. On success the stage prints one line that says what was written where; a `UserError` ends it with one paragraph
-and exit code 2, SIGTERM (a preemption, say) with one sentence and exit code 143, Ctrl-C with 130. Whatever ends it, the same
-command goes on from there.
+trains in several processes (workflow/launch.py). It reads and writes where its declaration says (ziprc/systems/). Before
+anything is computed, its inputs are compared with their digests, and an artifact that the same recipe has made already is
+left as it is. One process at a time writes an artifact. On success the stage prints one line that says what was written
+where; a `UserError` ends it with one paragraph and exit code 2, SIGTERM (a preemption, say) with one sentence and exit code
+143, Ctrl-C with 130. Whatever ends it, the same command goes on from there.
 """
 
 from __future__ import annotations
