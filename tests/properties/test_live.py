@@ -439,7 +439,9 @@ def test_a_branch_reads_what_it_would_have_read_without_its_parent(window: int, 
     if at == 0:  # the first token hangs on the seed
         asked = [replace(q, prompt_token_ids=(*q.prompt_token_ids, FIRST_RESPONSE_TOKEN)) for q in asked]
     controller = Controller(BranchOnce(at=at), Budget(branches=2, interval=1))
-    for answered in played(Case(controller, asked, script, window, 20)):
+    everybody = played(Case(controller, asked, script, window, 20))
+    assert len(everybody) == len(asked)
+    for answered in everybody:
         parent, child = answered.branches
         assert (child.parent, child.fork, child.token_ids) == (0, at, parent.token_ids)
         of_parent = {int(d.trees.length[0, 0]): d.trees.signals[0, 0] for d in answered.decisions}

@@ -73,6 +73,7 @@ def run(policy: Baseline, pool: Pool = POOL, orders: np.ndarray = ORDERS, **limi
 
 def episodes(orders: np.ndarray = ORDERS):
     """(episode, prompt, rollouts in order)"""
+    assert orders.size, "a test over no episode proves nothing"
     for episode, order in enumerate(orders.reshape(-1, orders.shape[-1])):
         yield episode, episode % orders.shape[1], order
 

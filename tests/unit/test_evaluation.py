@@ -357,6 +357,7 @@ def test_token_scores_equal_the_naive_full_forward(experiment: World):
     model = load_model(experiment.layout.checkpoint("base"))
     pairs = [TokenPair([5, 6, 7], [8, 9, 10, 11]), TokenPair([5], [12, 13])]
     (batch,) = token_scores(model, 261, pairs, 1000, chunk=3)
+    assert sorted(batch[0]) == [0, 1]
     for i, _, log_prob, entropy in zip(*batch, strict=True):
         with torch.inference_mode():
             logits = model(torch.tensor([[*pairs[i].prompt, *pairs[i].response]])).logits[0, :, :261]

@@ -234,6 +234,7 @@ def test_every_difference_is_that_of_the_points(record: dict[str, Any]):
 def test_no_point_costs_more_than_its_budget(record: dict[str, Any]):
     for one in (*record["families"].values(), *record["ablations"].values()):
         dearest = max(tokens for _, tokens, _ in one["kept"])
+        assert one["points"]
         for budget, point in one["points"].items():
             expected = min(record["budgets"][budget], dearest)
             assert point["tokens"] == pytest.approx(expected, rel=1e-6)

@@ -312,7 +312,9 @@ def test_search_traces_mark_each_attempt_truthfully() -> None:
     task = get_task("countdown")
     for prompt, trace in task.traces({"non_thinking": 0.0}, 200, 1):
         reasoning, answer = trace.response.removeprefix("<think>\n").split("\n</think>\n\n")
-        for value, mark in re.findall(r"=(\d+)([<>!])", reasoning):
+        marks = re.findall(r"=(\d+)([<>!])", reasoning)
+        assert marks
+        for value, mark in marks:
             difference = int(value) - prompt.extra["target"]
             assert mark == ("!" if difference == 0 else "<" if difference < 0 else ">")
         expression = parse_expression(answer)
