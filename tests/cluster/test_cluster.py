@@ -87,10 +87,10 @@ def test_sigkill_of_snakemake_neither_doubles_nor_loses_a_job(
 
     refused = place.run("unlock")
     assert refused.returncode == 2
-    assert f"SLURM job {job.number}, RUNNING: base micro (stop it: `scancel {job.number}`)" in refused.stderr
+    assert f"SLURM job {job.number}, RUNNING: base micro_base (stop it: `scancel {job.number}`)" in refused.stderr
 
     printed = cluster.build(place, BASE)
-    assert f"an earlier run left SLURM jobs: {job.number} (base micro, running)" in printed
+    assert f"an earlier run left SLURM jobs: {job.number} (base micro_base, running)" in printed
     assert [(j.number, j.state) for j in cluster.jobs(place)] == [(job.number, "COMPLETED")], (
         "one writer, its work kept"
     )
