@@ -240,6 +240,6 @@ def test_a_killed_snakemake_takes_over_what_was_made_meanwhile(workplace: Workpl
     (workplace.home / "prompts" / "train.manifest.json").touch()
     done = workplace.run("build")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for job in ("rollouts-train", "train_joint-ziprc", "evaluate-metrics"):
+    for job in ("rollouts-train", "train_joint-ziprc", "evaluate-zip-rc"):
         assert "nothing to do" in (workplace.home / "logs" / f"{job}.log").read_text()
     assert {path: (digest_file(path), path.stat().st_ino) for path in workplace.home.rglob("*.parquet")} == before
