@@ -13,6 +13,9 @@ from ziprc.errors import UserError
 
 THINK_END = "</think>"
 
+# What a feedback on a response is made of, numbers apart; every small tokenizer learns these words.
+FEEDBACK_WORDS = ("Reward: ", "\nLength: ", " tokens")
+
 CHATML_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -48,7 +48,7 @@ from ziprc.training.objectives.joint import ANY_REWARD
 from ziprc.training.optimizers import Muon, make_optimizer, orthogonalised, schedule_factor
 from ziprc.training.order import BatchOrder, MicroBatches, order_by_count, order_by_tokens
 from ziprc.training.resume import COMPLETE, OWNER, _digests, claim, forget_states, last_complete_state, state_folder
-from ziprc.training.scratch import build_tokenizer
+from ziprc.training.scratch import base_batches, build_tokenizer, repeated_segments, text_data
 from ziprc.training.trainees import JointTrainee, SliceHead, Trainee, has_kl, joint_trainee, labelled
 from ziprc.training.trainer import fit
 
@@ -709,6 +709,51 @@ def test_the_tokenizer_is_a_function_of_its_corpus() -> None:
     assert one.backend_tokenizer.to_str() == two.backend_tokenizer.to_str()
     with pytest.raises(UserError, match="free rows"):
         build_tokenizer(corpus, architecture.model_copy(update={"vocab_size": 260}))
+
+
+def test_every_small_tokenizer_knows_the_words_of_feedback() -> None:
+    tokenizer = build_tokenizer(TinyTask().vocabulary_corpus(), scratch_config().base.architecture)
+    feedback = tokenizer("Reward: 1\nLength: 37 tokens", add_special_tokens=False)["input_ids"]
+    assert [tokenizer.decode([i]) for i in feedback] == [
+        "Reward", ":", " ", "1", "\n", "Length", ":", " ", "3", "7", " tokens"
+    ]  # fmt: skip
+
+
+def test_a_repeated_segment_can_be_told_from_its_first_copy() -> None:
+    data = text_data(repeated_segments(range(40, 60), 3000, seed=1))
+    assert len(data) == 32 and set(data.lengths) == {96}
+    for i in range(len(data)):
+        tokens, period = data.tokens[data.offsets[i] : data.offsets[i + 1]], data.prompt_lengths[i] - 1
+        assert len(set(tokens[:period])) == period and 6 <= period <= 20
+        assert (tokens[period:] == tokens[:-period]).all()
+    batch = data.batch(np.arange(3))
+    assert batch["count"] == (data.lengths - data.prompt_lengths)[:3].sum() == len(batch["targets"])
+    assert (text_data(repeated_segments(range(40, 60), 3000, seed=2)).tokens != data.tokens).any()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_repeats_have_steps_of_their_own_two_thirds_of_them_in_one_stretch(world: int) -> None:
+    config, task = scratch_config(tokens=60_000).base, TinyTask()
+    tokenizer = build_tokenizer(task.vocabulary_corpus(), config.architecture)
+
+    def steps(repeats: float) -> tuple[list[set[bool]], float]:
+        settings = config.model_copy(update={"repeats": repeats})
+        batches = base_batches(settings, task, {}, tokenizer, world, seed=3)
+        micro = [
+            [batches.data.names[i].startswith("repeat-") for i in picked] for picked in batches.order.micro_batches
+        ]
+        tokens = [int(batches[i]["attention_mask"].sum()) for i in range(len(batches))]
+        share = sum(n for n, kinds in zip(tokens, micro, strict=True) if kinds[0]) / sum(tokens)
+        return [set().union(*micro[i : i + world]) for i in range(0, len(micro), world)], share
+
+    assert steps(0.0) == ([{False}] * len(steps(0.0)[0]), 0.0)
+    kinds, share = steps(0.2)
+    assert all(len(kind) == 1 for kind in kinds) and share == pytest.approx(0.2, abs=0.02)
+    repeats = [kind == {True} for kind in kinds]
+    begin, stretch = repeats.index(True), sum(repeats) * 2 // 3
+    assert all(repeats[begin : begin + stretch]) and begin == pytest.approx(repeats.count(False) / 10, abs=1)
+    after = np.diff(np.flatnonzero(repeats[begin + stretch :]))
+    assert repeats[-1] and after.max() - after.min() <= 2  # the rest, evenly
 
 
 def test_base_copies_a_local_folder_and_refuses_one_without_a_chat_template(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Architecture(Section):
     num_attention_heads: int = Field(4, ge=1, description="query heads of a layer")
     num_key_value_heads: int = Field(2, ge=1, description="key and value heads of a layer; divides the query heads")
     head_dim: int = Field(32, ge=2, multiple_of=2, description="width of an attention head; even, for rotary positions")
-    max_position_embeddings: int = Field(1024, ge=16, description="tokens of prompt and response together")
+    max_position_embeddings: int = Field(4096, ge=16, description="tokens of a sequence, at most")
     vocab_size: int = Field(384, ge=1, description="rows of the output matrix, reserved ones included")
     merges: int = Field(40, ge=0, description="byte-pair merges learned on the task's words")
 
@@ -52,6 +52,9 @@ class Base(Optimisation):
     revision: str | None = Field(None, description="commit, tag or branch on the Hub; null: the newest")
     architecture: Architecture = Architecture()
     tokens: int = Field(1_000_000, ge=1000, description="training tokens, prompts included")
+    repeats: float = Field(
+        0.2, ge=0, lt=1, description="share of these that are repeated random segments, which teach looking back"
+    )
     batch_tokens: int = Field(2048, ge=64, description="tokens per optimiser step, over all devices")
     optimizer: OptimizerName = "muon"
     learning_rate: LearningRate = 5e-3

@@ -17,9 +17,8 @@ from ziprc.store.files import atomic_folder
 from ziprc.store.layout import CHECKPOINT_MANIFEST
 from ziprc.store.manifest import write_sealed
 from ziprc.tasks.base import TeachingTask, get_task
-from ziprc.training.order import MicroBatches, order_by_tokens
 from ziprc.training.resume import world_size
-from ziprc.training.scratch import build_model, build_tokenizer, traces_for
+from ziprc.training.scratch import base_batches, build_model, build_tokenizer
 from ziprc.training.trainees import LanguageTrainee
 from ziprc.training.trainer import train
 
@@ -35,17 +34,15 @@ def from_scratch(context: Context) -> str:
             f"Task '{config.prompts.task}' has no traces to learn from, so base.model cannot be '{SCRATCH}'."
         )
     tokenizer = build_tokenizer(task.vocabulary_corpus(), settings.architecture)
-    data = traces_for(settings.tokens, task, config.prompts.settings, tokenizer, seed)
-    order = order_by_tokens(data.lengths, settings.batch_tokens, settings.tokens, world_size(), seed)
+    batches = base_batches(settings, task, config.prompts.settings, tokenizer, world_size(), seed)
 
     def fresh() -> LanguageTrainee:
         return LanguageTrainee(build_model(settings.architecture, tokenizer, seed))
 
     base = {"model": SCRATCH}
     record = {"objective": "language", "params": context.params, "base": base, "parents": {}, "seed": seed}
-    batches = MicroBatches(data, order)
     done = train(context.target, record, fresh(), fresh, batches, settings, config.runtime, "base", tokenizer)
-    return f"trained a base model on {len(data)} traces, {done}"
+    return f"trained a base model on {len(batches.data.names)} sequences, {done}"
 
 
 def fetch(context: Context) -> str:
