@@ -20,6 +20,7 @@
 #   calibration    checkpoints/{name}/calibration.json  rollouts, grades, introspection, prompts, train_joint
 #   frontier       frontier.json                        rollouts, grades, introspection, prompts, train_joint, calibration
 #   samples        samples/{name}.parquet               prompts, frontier, train_joint, calibration
+#   train_critic   checkpoints/{name}/ziprc.json        base, rollouts, grades
 #   evaluate       metrics/{name}.json                  prompts, rollouts, grades, values, introspection, baselines, base, train_joint
 #   report         report.html                          evaluate, frontier, train_joint, introspection, rollouts, grades, prompts, samples
 # ---

@@ -286,7 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "set" in options:
             options.set = [one for text in options.set for one in split_overrides(text)]
         done = options.action(options)
-        sys.exit(print(done) if isinstance(done, str) else done)
+        code = print(done) if isinstance(done, str) else done
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # who read it, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -169,3 +169,12 @@ def test_every_target_has_the_same_experiment_and_its_own_file(checkout: Path) -
 def test_what_make_says_is_a_command(checkout: Path, target: str) -> None:
     said = make(checkout, target, "SET=a=1 b=2")
     assert cli.parser().parse_args(said).action
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "ziprc.cli", "why", "--experiment", "smoke"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

@@ -37,7 +37,7 @@ def changed(*overrides: str) -> set[str]:
 def test_every_artifact_is_made_of_artifacts_that_there_are(experiment: str, overrides: tuple[str, ...]) -> None:
     plan = graph(*overrides, experiment=experiment)
     closure = plan.closure(goals_of(plan.config))
-    assert len(closure) > 20
+    assert len(closure) > (20 if "zip-rc" in plan.config.systems else 8)
     for number, ref in enumerate(closure):
         assert all(parent in closure[:number] for parent in plan.parents(ref).values()), "parents come first"
         assert plan.params(ref) is not None and plan.code(ref)

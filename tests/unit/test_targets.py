@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ziprc.cli import parser
-from ziprc.config.load import experiments
+from ziprc.config.load import experiments, load
 from ziprc.errors import UserError
 from ziprc.workflow.launch import root_of
 from ziprc.workflow.targets import Wanted, look_up
@@ -47,8 +47,12 @@ def test_what_nobody_makes_is_refused_with_what_was_meant(arguments: list[str], 
 @pytest.mark.parametrize("experiment", experiments(CONFIG))
 def test_every_file_of_an_experiment_and_its_variants_can_be_asked_for(experiment: str) -> None:
     home = f"results/{experiment}"
-    files = ["report.html", "values/train.parquet", "values/train.manifest.json", "checkpoints/base/ziprc.json"]
-    files += ["rollouts/test-ziprc.parquet", "grades/validation-ziprc.parquet"]
+    files = ["report.html", "grades/train.parquet", "grades/train.manifest.json", "checkpoints/base/ziprc.json"]
+    own = {
+        "zip-rc": ["values/train.parquet", "rollouts/test-ziprc.parquet", "grades/validation-ziprc.parquet"],
+        "icl-v": ["metrics/icl-v.json"],
+    }
+    files += [file for system in load(CONFIG, experiment).systems for file in own[system]]
     targets = [f"{home}/{file}" for file in files]
     assert wanted(*targets).targets == tuple(targets)
 

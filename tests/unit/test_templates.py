@@ -48,7 +48,7 @@ def test_templates_were_found():
 
 def test_a_value_that_is_missing_is_an_error_and_no_gap():
     with pytest.raises(UndefinedError, match="findings"):
-        fill("zip_rc/findings.html")
+        fill("findings.html")
 
 
 def test_data_of_a_script_cannot_end_it():

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-System = Literal["zip-rc"]
+System = Literal["zip-rc", "icl-v"]
 SYSTEMS: tuple[str, ...] = get_args(System)
 
 

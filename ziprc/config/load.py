@@ -14,12 +14,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ziprc.config.base import SYSTEMS
+from ziprc.config.icl_v import ICLV
 from ziprc.config.shared import Prompts, Shared
 from ziprc.config.zip_rc import ZipRC
 from ziprc.errors import UserError, nearest
 
 
-class Config(Shared, ZipRC):
+class Config(Shared, ZipRC, ICLV):
     """A resolved experiment: the sections of every system, side by side. A new system adds its mixin to the bases."""
 
 

@@ -28,6 +28,7 @@ INK = "#010203"  # replaced by currentColor
 ACCENT = "#2f7fd1"
 VIOLET, ORANGE, GREEN, GREY = "#8f6fd6", "#d9822b", "#3a9d6a", "#8a8f98"
 COLOURS = {"ziprc": ACCENT, "lite": VIOLET, "probe": ORANGE, "logprob": GREEN, "length": "#c0567f", "constant": GREY}
+SIBLINGS = {"critic": ACCENT, "trie": ORANGE, "lookup": GREEN, "mean": GREY}
 POLICIES = {PLUS: ACCENT, PUBLISHED: VIOLET, "majority": ORANGE}  # the families that have a colour
 RIVAL = GREY  # all others
 ENVELOPE = "#c0567f"  # the best of the competitors at each budget
@@ -104,6 +105,26 @@ def _lines(axes: Axes, metric: str, title: str, prediction: Mapping[str, Any], m
     axes.axhline(0.5, **DASHED)
     axes.set_xticks(range(len(moments)), list(moments))
     axes.set_title(title, loc="left")
+
+
+@matplotlib.rc_context(STYLE)
+def over_siblings(metric: str, title: str, curve: Mapping[str, Any], moment: str) -> Markup:
+    """One line per predictor over the number of graded siblings that it has read, with intervals."""
+    axes = Figure(figsize=(3.6, 2.9)).add_subplot()
+    for i, (name, colour) in enumerate(SIBLINGS.items()):
+        found = {int(k): record[metric] for k, record in curve[name][moment].items()}
+        found = {k: record for k, record in found.items() if record["value"] is not None}
+        axes.errorbar(
+            np.log2(np.array(list(found)) + 1) + (i - 1.5) * 0.04, [r["value"] for r in found.values()],
+            yerr=_bars(list(found.values())), label=name, color=colour,
+            marker="o", markersize=3.5, linewidth=2 if name == "critic" else 1, elinewidth=0.8,
+        )  # fmt: skip
+    siblings = [int(k) for k in curve["critic"][moment]]
+    axes.set_xticks(np.log2(np.array(siblings) + 1), [str(k) for k in siblings])
+    axes.set_xlabel("graded siblings read")
+    axes.set_title(title, loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4, columnspacing=1.2, handlelength=1.4)
+    return _svg(axes.figure, f"siblings-{metric}-{moment.strip('%')}", title)
 
 
 @matplotlib.rc_context(STYLE)

@@ -85,21 +85,21 @@ def laid_out(
     curves = [figures.remaining_length(m, left[m]["curve"], left[m]["mae_gain"]) for m in moments if m != "end"]
     failures = [*samplers.findings(frontier, judged), *findings(metrics, judged)]
     parts: dict[str, tuple[str, Record]] = {
-        "What the head knows": ("headline", {"judged": judged}),
+        "What the head knows": ("zip_rc/headline", {"judged": judged}),
         "What did not work, or cannot be told": ("findings", {"findings": failures}),
-        "Does it know when it is right?": ("prediction", {"figures": along, "names": names}),
-        "Do its probabilities mean what they say?": ("calibration", {"figures": reliability}),
-        "Does it know how much is left?": ("length", {"figures": curves}),
-        "The joint against many rollouts": ("joint", {}),
-        "How the joint evolves": ("strips", {"strips": strips}),
-        "Is it still the same policy?": ("policy", {}),
-        "The base model on unseen prompts": ("base", {}),
-        "What was run": ("run", {"seed": seed}),
+        "Does it know when it is right?": ("zip_rc/prediction", {"figures": along, "names": names}),
+        "Do its probabilities mean what they say?": ("zip_rc/calibration", {"figures": reliability}),
+        "Does it know how much is left?": ("zip_rc/length", {"figures": curves}),
+        "The joint against many rollouts": ("zip_rc/joint", {}),
+        "How the joint evolves": ("zip_rc/strips", {"strips": strips}),
+        "Is it still the same policy?": ("zip_rc/policy", {}),
+        "The base model on unseen prompts": ("zip_rc/base", {}),
+        "What was run": ("zip_rc/run", {"seed": seed}),
     }
     known = {**metrics, "labels": PREDICTORS, "moments": moments}
     if not metrics["joint"]:
         del parts["The joint against many rollouts"]
     if not strips:
         del parts["How the joint evolves"]
-    found = [Section(title, f"zip_rc/{name}.html", known | data) for title, (name, data) in parts.items()]
+    found = [Section(title, f"{name}.html", known | data) for title, (name, data) in parts.items()]
     return [samplers.section(frontier, live, judged), *found]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import pyarrow as pa
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
@@ -22,19 +21,11 @@ from ziprc.store.manifest import manifest_digests
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
-from ziprc.training.data import prompt_fold, rollout_data
+from ziprc.training.data import outside_fold, rollout_data
 from ziprc.training.order import MicroBatches, order_by_count
 from ziprc.training.resume import world_size
 from ziprc.training.trainees import Trainee, has_kl, joint_trainee
 from ziprc.training.trainer import train
-
-
-def outside_fold(rollouts: pa.Table, fold: tuple[int, int] | None) -> pa.Table:
-    """The rollouts whose prompt is not in the fold (number, of how many); all where there is none."""
-    if fold is None:
-        return rollouts
-    outside = [prompt_fold(prompt, fold[1]) != fold[0] for prompt in rollouts["prompt_id"].to_pylist()]
-    return rollouts.filter(pa.array(outside, pa.bool_()))
 
 
 def run(context: Context) -> str:

@@ -49,6 +49,14 @@ def prompt_fold(prompt_id: str, folds: int) -> int:
     return derived_seed("fold", prompt_id) % folds
 
 
+def outside_fold(rollouts: pa.Table, fold: tuple[int, int] | None) -> pa.Table:
+    """The rollouts whose prompt is not in the fold (number, of how many); all where there is none."""
+    if fold is None:
+        return rollouts
+    outside = [prompt_fold(prompt, fold[1]) != fold[0] for prompt in rollouts["prompt_id"].to_pylist()]
+    return rollouts.filter(pa.array(outside, pa.bool_()))
+
+
 def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """0 … c−1 for every count c, one after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

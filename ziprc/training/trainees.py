@@ -114,7 +114,7 @@ class SliceHead(Trainee):
 
 
 def labels_of(batch: Batch) -> JointLabels:
-    return JointLabels(batch["reward_bin"], batch["length_bin"], batch["censored"])
+    return JointLabels(batch["reward_bin"], batch["length_bin"], batch["censored"], batch.get("weight"))
 
 
 def has_kl(head: Head) -> bool:

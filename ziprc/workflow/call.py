@@ -90,7 +90,7 @@ def snakemake_command(options: argparse.Namespace, configs: Mapping[str, Config]
     profile = root / "profiles" / (options.profile or "default")
     if not (profile / "config.yaml").exists():
         known = [path.parent.name for path in (root / "profiles").glob("*/config.yaml")]
-        raise UserError(f"There is no profile '{options.profile}'{nearest(str(options.profile), known)}.")
+        raise UserError(f"There is no profile '{profile.name}'{nearest(profile.name, known)} in {profile.parent}.")
     command += ["--workflow-profile", str(profile)]
     settings: dict[str, Any] = {"experiments": list(configs), "config_file": str(options.config_file.resolve())}
     settings |= {"set": options.set} if options.set else {}

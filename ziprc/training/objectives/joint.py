@@ -36,11 +36,15 @@ class KLForm(StrEnum):
 
 @dataclass(frozen=True)
 class JointLabels:
-    """Per state [P]: reward bin (`ANY_REWARD`: every bin), length bin, and whether the length is only a lower bound."""
+    """Per state [P]: reward bin (`ANY_REWARD`: every bin), length bin, and whether the length is only a lower bound.
+
+    `weight` is how often a state counts (None: once).
+    """
 
     reward_bin: Tensor
     length_bin: Tensor
     censored: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,20 @@ class JointObjective:
 
 
 def slice_cross_entropy(logits: Tensor, labels: JointLabels) -> Tensor:
-    """Sum over states of −log of the labelled cells' mass. `logits` [P, R, L]."""
+    """Weighted sum over states of −log of the labelled cells' mass. `logits` [P, R, L]."""
+    loss = state_losses(logits, labels)
+    return (loss if labels.weight is None else loss * labels.weight).sum()
+
+
+def state_losses(logits: Tensor, labels: JointLabels) -> Tensor:
+    """[P] −log of the mass of the labelled cells, in nats, unweighted. `logits` [P, R, L]."""
     log_p = logits.flatten(1).log_softmax(-1)
     rewards, lengths = (torch.arange(bins, device=logits.device) for bins in logits.shape[1:])
     reward, length = labels.reward_bin[:, None], labels.length_bin[:, None]
     reward_fits = (rewards == reward) | (reward == ANY_REWARD)
     length_fits = (lengths == length) | (labels.censored[:, None] & (lengths > length))
     cells = (reward_fits[:, :, None] & length_fits[:, None, :]).flatten(1)
-    return -log_p.masked_fill(~cells, -torch.inf).logsumexp(-1).sum()
+    return -log_p.masked_fill(~cells, -torch.inf).logsumexp(-1)
 
 
 def reference_kl(

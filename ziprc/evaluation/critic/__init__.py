@@ -1,0 +1,1 @@
+"""What a critic in context knows, beside what its context says without any network."""

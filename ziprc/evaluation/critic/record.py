@@ -1,0 +1,193 @@
+"""The record of metrics/icl-v.json: what the critic expects of a held-out rollout, by how many siblings it has read.
+
+    counts      prompts, rollouts, packs, and what was left out
+    curve       {predictor: {moment: {siblings: {auroc, within_prompt_auroc, brier, log_loss, ece}}}}
+    difference  {rival: {moment: {siblings: {…}}}}     critic minus rival on the same rollouts and siblings, paired
+    joint_nll   {siblings: nats a state}               of the joint, mean over states, then over rollouts
+    headline    [{name, target, direction, result, met}]
+
+The first k − 1 rollouts of a test prompt are siblings; all the others are valued, each after none, some and all of these.
+Rivals get the same siblings: `mean`, `lookup` and `trie` (siblings.py), `alone` (the critic itself without siblings), and
+`permuted` (the critic, where the scores of all k − 1 siblings are shuffled among them; what it knows then comes from how
+many were right, and which answers are frequent). At the end the state after the last token is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ziprc.config.load import Config
+from ziprc.errors import UserError
+from ziprc.evaluation import accuracy, calibration
+from ziprc.evaluation.bootstrap import Estimate, Resampling, target_record
+from ziprc.evaluation.critic.siblings import Prior, answer_lookup, sibling_mean, trie_values
+from ziprc.evaluation.outcomes import MOMENTS
+from ziprc.joint.distribution import JointDistribution
+from ziprc.joint.head import read_joint_head
+from ziprc.joint.readout import batches_by_tokens, slice_weight
+from ziprc.joint.tokenizer import load_tokenizer
+from ziprc.progress import progress
+from ziprc.reading.states import JointReader
+from ziprc.store.digests import derived_seed
+from ziprc.tables.grades import GRADES
+from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.training.objectives.joint import state_losses
+from ziprc.training.packs import Graded, PackData, graded_rollouts, pack_data, pack_kind, packs_to_judge, require_kind
+from ziprc.training.trainees import labelled, labels_of
+
+SHARES = np.array(list(MOMENTS.values()))
+COMPARED = ("auroc", "within_prompt_auroc", "brier", "log_loss")
+LEAST = 1e-4  # probabilities in a log-loss are at least this
+
+
+@torch.inference_mode()
+def read_packs(
+    reader: JointReader, data: PackData, budget: int, name: str
+) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+    """Yield (pack, cells [P, R·L], loss [P] in nats) for every pack, its states in the order of its rollouts."""
+    weight = slice_weight(reader.model, reader.joint).float()
+    with progress(len(data), name, "packs") as bar:
+        for picked in batches_by_tokens(data.input_lengths().tolist(), budget):
+            batch = {key: value.to(reader.model.device) for key, value in data.batch(np.array(picked)).items()}
+            logits = labelled(reader.model, batch).float() @ weight.T
+            loss = state_losses(logits.unflatten(-1, (data.grid.R, data.grid.L)), labels_of(batch))
+            ends = np.cumsum([(data.lengths[data.rollouts_of(np.array([i]))] + 1).sum() for i in picked])[:-1]
+            cells = np.split(logits.softmax(-1).cpu().numpy(), ends)
+            yield from zip(picked, cells, np.split(loss.cpu().numpy(), ends), strict=True)
+            bar.update(len(picked))
+
+
+def expected_scores(
+    readers: Sequence[JointReader], data: PackData, budget: int, name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of the last rollout of every pack: [N, M] the score that the critics expect on average, [N] nats a state of the joint."""
+    values, nats = np.zeros((len(data), len(SHARES))), np.zeros(len(data))
+    for reader in readers:
+        for pack, cells, loss in read_packs(reader, data, budget, name):
+            m = int(data.lengths[data.segments[pack + 1] - 1])
+            expected = JointDistribution(data.grid, cells[-m - 1 :]).expected_reward()
+            values[pack] += expected[np.floor(m * SHARES).astype(np.int64)] / len(readers)
+            nats[pack] += loss[-m - 1 :].mean() / len(readers)
+    return values, nats
+
+
+def known_without_a_network(
+    rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], prior: Prior
+) -> dict[str, NDArray[np.float64]]:
+    """[N, M] each: what `mean`, `lookup` and `trie` expect of the last rollout of every pack, from those before it."""
+    found = {name: np.zeros((len(packs), len(SHARES))) for name in ("mean", "lookup", "trie")}
+    for number, pack in enumerate(packs):
+        target, siblings = rollouts[pack[-1]], [rollouts[i] for i in pack[:-1]]
+        found["mean"][number] = found["lookup"][number] = sibling_mean([s.score for s in siblings], prior)
+        found["lookup"][number, -1] = answer_lookup(target, siblings, prior)
+        at = np.floor(len(target.response) * SHARES).astype(np.int64)
+        found["trie"][number] = trie_values(target, siblings, prior)[at]
+    return found
+
+
+def estimates(
+    boot: Resampling, prediction: NDArray[np.float64], score: NDArray[np.float64], bins: int
+) -> dict[str, Estimate]:
+    """All metrics of one prediction [n]."""
+    sure = np.clip(prediction, LEAST, 1 - LEAST)
+    return {
+        "auroc": accuracy.auroc(boot, prediction, score >= accuracy.SUCCESS),
+        "within_prompt_auroc": accuracy.within_prompt_auroc(boot, prediction, score >= accuracy.SUCCESS),
+        "log_loss": boot.ratio(-(score * np.log(sure) + (1 - score) * np.log(1 - sure))),
+        **calibration.calibration_metrics(boot, prediction, score, bins),
+    }
+
+
+def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
+    """The whole of metrics/icl-v.json, from tables and checkpoints by role."""
+    own, critic, seed = config.evaluate, config.train_critic, derived_seed(config.seed, "evaluate", "icl-v")
+    size, budget = critic.pack_rollouts, config.runtime.forward_tokens
+    graded = {
+        split: graded_rollouts(
+            ROLLOUTS.read(reads[f"rollouts/{split}"]),
+            GRADES.read(reads[f"grades/{split}"]),
+            str(reads[f"grades/{split}"]),
+        )
+        for split in ("train", "test")
+    }
+    rollouts, ungraded = graded["test"]
+    shown = sorted({k for k in (0, 1, 3, 7, 15, 31, size - 1) if k < size})
+    packs, fewer = packs_to_judge(rollouts, size, shown)
+    if not packs:
+        raise UserError(
+            f"{reads['rollouts/test']}: no prompt has {size} graded rollouts, as many as a pack of the critic. Raise "
+            "rollouts.test_samples or lower train_critic.pack_rollouts."
+        )
+    folders = [reads[name] for name in sorted(reads) if name.startswith("critic")]
+    tokenizer = load_tokenizer(folders[0])
+    for folder in folders:
+        require_kind(folder, pack_kind(critic, tokenizer))
+    readers, grid = [JointReader.open(folder) for folder in folders], read_joint_head(folders[0]).grid
+    data = pack_data(rollouts, packs, tokenizer, critic, grid)
+    if data.left_out:
+        raise UserError(
+            f"{data.left_out} rollouts do not fit into train_critic.max_length={critic.max_length}. Raise it."
+        )
+    scores, nats = expected_scores(readers, data, budget, "critic")
+    rng, whole = np.random.default_rng(seed), [pack for pack in packs if len(pack) == size]
+    shuffled = [[*rng.permutation([rollouts[i].score for i in pack[:-1]]), rollouts[pack[-1]].score] for pack in whole]
+    control = pack_data(rollouts, whole, tokenizer, critic, grid, shuffled)
+    permuted, _ = expected_scores(readers, control, budget, "critic, scores permuted")
+
+    sure = [r.score >= accuracy.SUCCESS for r in graded["train"][0]]
+    prior = Prior.fitted(np.unique([r.prompt_id for r in graded["train"][0]], return_inverse=True)[1], np.array(sure))
+    predictors = {"critic": scores, **known_without_a_network(rollouts, packs, prior)}
+    targets = [rollouts[pack[-1]] for pack in whole]
+    group = np.unique([target.prompt_id for target in targets], return_inverse=True)[1]
+    boot, truth = Resampling(group, own.bootstrap, seed), np.array([target.score for target in targets])
+    siblings = np.array([len(pack) - 1 for pack in packs])
+    curve: dict[str, Any] = {}
+    gaps: dict[str, Any] = {}
+    for m, moment in enumerate(MOMENTS):
+        alone: dict[str, Estimate] = {}
+        for k in shown:
+            said = {name: values[siblings == k, m] for name, values in predictors.items()}
+            said |= {"permuted": permuted[:, m]} if k == size - 1 else {}
+            found = {name: estimates(boot, values, truth, own.ece_bins) for name, values in said.items()}
+            alone = alone or found["critic"]
+            for name, by_metric in found.items():
+                intervals = {metric: estimate.interval(own.confidence) for metric, estimate in by_metric.items()}
+                curve.setdefault(name, {}).setdefault(moment, {})[str(k)] = intervals
+            main = found.pop("critic")
+            for name, rival in (found | ({"alone": alone} if k else {})).items():
+                between = {metric: (main[metric] - rival[metric]).interval(own.confidence) for metric in COMPARED}
+                gaps.setdefault(name, {}).setdefault(moment, {})[str(k)] = between
+    counts = {
+        "prompts": {"test": boot.prompts, "with_fewer_rollouts": fewer},
+        "rollouts": {"test": len(targets), "ungraded": ungraded},
+        "packs": len(data), "critics": len(readers),
+    }  # fmt: skip
+    record = {
+        "confidence": own.confidence, "replicates": own.bootstrap, "pack_rollouts": size, "feedback": critic.feedback,
+        "prior": {"mean": prior.mean, "strength": prior.strength}, "counts": counts, "curve": curve, "difference": gaps,
+        "joint_nll": {str(k): float(nats[siblings == k].mean()) for k in shown},
+    }  # fmt: skip
+    return record | {"headline": headline(record)}
+
+
+def headline(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The gates of the `toy` scale: with all siblings read, against what needs no network."""
+    last, curve, gaps = str(found["pack_rollouts"] - 1), found["curve"], found["difference"]
+    within = "within_prompt_auroc"
+    return [
+        target_record(
+            "Brier score at the start, minus that of the sibling mean", 0.0, gaps["mean"]["start"][last]["brier"], False
+        ),
+        target_record("AUROC within a prompt at the end", 0.95, curve["critic"]["end"][last][within]),
+        target_record("AUROC within a prompt at the end, minus the trie's", 0.0, gaps["trie"]["end"][last][within]),
+        target_record("AUROC within a prompt at 75 %, minus the trie's", 0.0, gaps["trie"]["75%"][last][within]),
+        target_record(
+            "AUROC within a prompt at the end, minus with scores permuted", 0.1, gaps["permuted"]["end"][last][within]
+        ),
+    ]

@@ -1,0 +1,291 @@
+"""Packs: several rollouts of one prompt in one sequence, with feedback between them, for a critic that learns in context.
+
+ICL-V: the critic reads what happened to other rollouts of the prompt before it values the next one. In one pack the first
+rollout has no sibling before it and the last has k − 1, and all are supervised, so one critic serves every number of
+siblings. A pack is cut from the chat template and made of the sampled ids:
+
+    templated prompt · y¹ · user turn with feedback, header of the assistant · y² · … · yᵏ
+
+Unlike the published layout it equals the template's own rendering of the conversation, up to its last newline; a response
+that ran into the cap is closed, marked as cut in its feedback, and its length is a lower bound; the states before the first
+token and after the stop token are supervised too (specs: state j of a response of m tokens has m − j to come, j = 0 … m).
+
+N packs, M rollouts in packs, P labelled states.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ziprc.config.icl_v import TrainCritic
+from ziprc.errors import UserError
+from ziprc.joint.bins import BinGrid
+from ziprc.joint.head import read_manifest
+from ziprc.store.digests import derived_seed, digest_json
+from ziprc.store.layout import CHECKPOINT_MANIFEST
+from ziprc.tables.grades import GradeStatus, one_a_rollout
+from ziprc.tables.rollouts import FinishReason
+from ziprc.training.data import within
+
+RESPONSE, FEEDBACK = "The response.", "The feedback."  # stand-ins, to see what the template puts around them
+END_STATES = 2  # of a rollout, to which `end_weight` gives more
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One rollout that has a score, as a pack needs it."""
+
+    rollout_id: str
+    prompt_id: str
+    prompt: NDArray[np.int32]
+    response: NDArray[np.int32]
+    score: float
+    answer: str
+    cut: bool  # ran into the cap
+    thinking: bool
+
+
+def graded_rollouts(rollouts: pa.Table, grades: pa.Table, where: str) -> tuple[list[Graded], int]:
+    """The rollouts that have a score, in the order of the table, and how many have none; a cut one scores 0.
+
+    Raises UserError when a rollout has several grades.
+    """
+    one_a_rollout(grades, where)
+    row = pc.index_in(rollouts["rollout_id"], value_set=grades["rollout_id"].combine_chunks())
+    own = grades.take(row)
+    scores = zip(own["score"].to_pylist(), own["status"].to_pylist(), own["extracted_answer"].to_pylist(), strict=True)
+    columns = ("rollout_id", "prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "thinking")
+    found = []
+    for values, (score, status, answer) in zip(
+        zip(*(rollouts[name] for name in columns), strict=True), scores, strict=True
+    ):
+        rollout_id, prompt_id, prompt, response, finish, thinking = values
+        cut = finish.as_py() == FinishReason.LENGTH or status == GradeStatus.UNFINISHED
+        if score is None and not cut:
+            continue
+        ids = [np.asarray(of.values, dtype=np.int32) for of in (prompt, response)]
+        found.append(
+            Graded(
+                rollout_id.as_py(),
+                prompt_id.as_py(),
+                *ids,
+                float(score or 0),
+                answer or "",
+                cut,
+                bool(thinking.as_py()),
+            )
+        )
+    return found, rollouts.num_rows - len(found)
+
+
+def feedback_text(kind: str, rollout: Graded, number: int, right: int) -> str:
+    """What the user says about rollout `number` (from 1) of a pack, of which `right` are right so far, this one included."""
+    lines = [f"Length: {len(rollout.response)} tokens{', cut off' if rollout.cut else ''}"]
+    if kind in ("full", "so_far") or (kind == "first_reward_only" and number == 1):
+        lines.insert(0, f"Reward: {rollout.score:.4g}")
+    if kind == "answer":
+        lines.insert(0, f"Answer: {rollout.answer or 'none'}{'+' if rollout.score >= 0.5 else '-'}")
+    if kind == "so_far":
+        lines.append(f"So far: {right} of {number} right")
+    return "\n".join(lines)
+
+
+class Turns:
+    """What stands between two responses of a pack, in ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.stop = int(tokenizer.eos_token_id)
+
+    def between(self, texts: Sequence[str], thinking: Sequence[bool]) -> list[list[int]]:
+        """For every feedback, the ids from after the stop token to the header of the next response, which thinks or not."""
+        frames = {flag: self._frame(flag) for flag in set(thinking)}
+        whole = [frames[flag].replace(FEEDBACK, text) for text, flag in zip(texts, thinking, strict=True)]
+        ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
+        if wrong := [row for row in ids if row[0] != self.stop]:
+            raise UserError(
+                f"The chat template goes on after a response with token {wrong[0][0]}, expected the stop token {self.stop}; "
+                "packs cannot be cut from it. Use a chat model whose turns end in its eos token."
+            )
+        return [row[1:] for row in ids]
+
+    def _frame(self, thinking: bool) -> str:
+        messages = [("user", "A question."), ("assistant", RESPONSE), ("user", FEEDBACK)]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            add_generation_prompt=True, tokenize=False, enable_thinking=thinking,
+        )  # fmt: skip
+        return str(text).partition(RESPONSE)[2]
+
+
+def pack_kind(own: TrainCritic, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a critic's checkpoint says of the packs that it reads."""
+    return {"feedback": own.feedback, "rollouts": own.pack_rollouts, "template": digest_json(tokenizer.chat_template)}
+
+
+def require_kind(folder: Path, kind: dict[str, Any]) -> None:
+    """UserError when the checkpoint in `folder` reads no packs of this kind."""
+    known = read_manifest(folder).get("pack")
+    if known is None:
+        raise UserError(
+            f"{folder} is no critic in context: its {CHECKPOINT_MANIFEST} names no pack. Use one of train_critic."
+        )
+    if different := [name for name in kind if known.get(name) != kind[name]]:
+        said = "; ".join(f"{name} {known.get(name)!r}, here {kind[name]!r}" for name in different)
+        raise UserError(
+            f"{folder} was trained on packs of another kind: {said}. Train the critic again, or set these back."
+        )
+
+
+@dataclass(frozen=True)
+class PackData:
+    """N packs as training data. Unit i < N is pack i; unit N + i the same pack, of which only the rewards are learned.
+
+    Of the M rollouts in packs: `members` say which (numbers in the list that packs were made of), `first` where in `tokens`
+    the state before their first token is, `lengths` how many tokens they have.
+    """
+
+    names: list[str]
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]  # [N + 1] of packs in tokens
+    segments: NDArray[np.int64]  # [N + 1] of packs in the M rollouts
+    members: NDArray[np.int64]
+    first: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    reward_bin: NDArray[np.int64]
+    censored: NDArray[np.bool_]
+    grid: BinGrid
+    end_weight: float
+    left_out: int = 0  # rollouts that did not fit into their pack
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def input_lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def rollouts_of(self, pack: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers in [0, M) of the rollouts of these packs, one pack after the other."""
+        counts = np.diff(self.segments)[pack]
+        return np.repeat(self.segments[pack], counts) + within(counts)
+
+    def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask [B, T], padded on the right; positions in [B·T] and labels of P states, with weights."""
+        pack, reward_only = picked % len(self), picked >= len(self)
+        inputs, own = self.input_lengths()[pack], self.rollouts_of(pack)
+        row = np.repeat(np.arange(len(pack)), np.diff(self.segments)[pack])
+        width = inputs.max()
+        ids = np.zeros((len(pack), width), dtype=np.int64)
+        rows, columns = np.repeat(np.arange(len(pack)), inputs), within(inputs)
+        ids[rows, columns] = self.tokens[np.repeat(self.offsets[pack], inputs) + columns]
+        counts = self.lengths[own] + 1
+        inside, any_length = within(counts), np.repeat(reward_only[row], counts)
+        remaining = np.repeat(self.lengths[own], counts) - inside
+        extra = np.rint(self.end_weight * counts / np.minimum(counts, END_STATES)).astype(np.int64)
+        weight = 1 + np.where(remaining < END_STATES, np.repeat(extra, counts), 0)
+        batch: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": (np.arange(width) < inputs[:, None]).astype(np.int64),
+            "positions": np.repeat(row * width + self.first[own] - self.offsets[pack][row], counts) + inside,
+            "reward_bin": np.repeat(self.reward_bin[own], counts),
+            "length_bin": np.where(any_length, 0, self.grid.length_bin(remaining)),
+            "censored": np.repeat(self.censored[own], counts) | any_length,
+            "weight": weight,
+            "count": weight.sum(),
+        }
+        return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
+def shuffled_packs(rollouts: Sequence[Graded], size: int, passes: int, seed: int) -> list[list[int]]:
+    """`passes` times: the rollouts of every prompt in a new order, cut into packs of at most `size`."""
+    packs = []
+    for number, (prompt, own) in itertools.product(range(passes), by_prompt_of(rollouts).items()):
+        order = np.random.default_rng(derived_seed("packs", prompt, number, seed)).permutation(own).tolist()
+        packs += [order[i : i + size] for i in range(0, len(order), size)]
+    return packs
+
+
+def packs_to_judge(rollouts: Sequence[Graded], size: int, counts: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Packs whose last rollout is to be valued after each of these numbers of siblings, and how many prompts have too few.
+
+    The first `size` − 1 rollouts of a prompt are siblings, and the same ones, in the same order, for all the others, which
+    are valued: would a rollout be among the siblings of the others, then right ones would see fewer right siblings than
+    wrong ones do, and how they are ordered within a prompt would follow from that.
+    """
+    by_prompt = by_prompt_of(rollouts)
+    enough = [own for own in by_prompt.values() if len(own) >= size]
+    packs = [[*own[:k], target] for own in enough for target in own[size - 1 :] for k in counts]
+    return packs, len(by_prompt) - len(enough)
+
+
+def by_prompt_of(rollouts: Sequence[Graded]) -> dict[str, list[int]]:
+    """Numbers of the rollouts of every prompt."""
+    found: dict[str, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        found.setdefault(rollout.prompt_id, []).append(i)
+    return found
+
+
+def pack_data(
+    rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, own: TrainCritic,
+    grid: BinGrid, shown: Sequence[Sequence[float]] | None = None,
+) -> PackData:  # fmt: skip
+    """Packs of numbers in `rollouts`, in ids and with labels.
+
+    `shown` are other scores for the feedback than those of the rollouts, a control. Rollouts at the end of a pack that do
+    not fit into `max_length` are left out and counted. Raises UserError when not one pack holds two rollouts.
+    """
+    texts, flags = [], []
+    for number, pack in enumerate(packs):
+        scores = [rollouts[i].score for i in pack] if shown is None else shown[number]
+        right = np.cumsum(np.asarray(scores) >= 0.5)
+        for n, (i, after) in enumerate(itertools.pairwise(pack), 1):
+            said = vars(rollouts[i]) | {"score": scores[n - 1]}
+            texts.append(feedback_text(own.feedback, Graded(**said), n, int(right[n - 1])))
+            flags.append(rollouts[after].thinking)
+    turns = Turns(tokenizer)
+    between = iter(turns.between(texts, flags))
+    tokens: list[NDArray[np.int32]] = []
+    members, first, sizes, counts, left_out, end = [], [], [], [], 0, 0
+    for pack in packs:
+        start, held = end, 0
+        for n, i in enumerate(pack):
+            gap = rollouts[i].prompt if n == 0 else np.array(next(between), np.int32)
+            if n and rollouts[pack[n - 1]].cut:
+                gap = np.concatenate([[np.int32(turns.stop)], gap])
+            if held < n or end - start + len(gap) + len(rollouts[i].response) > own.max_length:
+                left_out += 1
+                continue
+            tokens += [gap, rollouts[i].response]
+            members.append(i)
+            first.append(end + len(gap) - 1)
+            end += len(gap) + len(rollouts[i].response)
+            held += 1
+        if held:
+            sizes.append(end - start)
+            counts.append(held)
+    if max(counts, default=0) < 2:
+        raise UserError(
+            f"Not one of {len(packs)} packs holds two rollouts of a prompt ({left_out} rollouts did not fit into "
+            f"train_critic.max_length={own.max_length}). Raise rollouts.thinking_samples, or max_length."
+        )
+    kept = [rollouts[i] for i in members]
+    offsets, segments = np.cumsum([0, *sizes]), np.cumsum([0, *counts])
+    leaders = [rollouts[members[i]].rollout_id for i in segments[:-1]]
+    return PackData(
+        names=[*leaders, *leaders], tokens=np.concatenate(tokens), offsets=offsets, segments=segments,
+        members=np.array(members), first=np.array(first), lengths=np.array([len(r.response) for r in kept]),
+        reward_bin=grid.reward_bin([r.score for r in kept]), censored=np.array([r.cut for r in kept]),
+        grid=grid, end_weight=own.end_weight, left_out=left_out,
+    )  # fmt: skip
