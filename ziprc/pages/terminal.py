@@ -271,6 +271,7 @@ class Record(View):
         return []
 
     def end(self, answered: Answered) -> None:
+        """Print the whole run as one JSON object: answer, tokens, steps, and every branch with why it ended."""
         branches = [
             {"branch": slot + 1, "parent": branch.parent + 1 or None, "fork": branch.fork, "tokens": branch.generated,
              "end": branch.finish_reason.value if branch.finish_reason is not None else None,

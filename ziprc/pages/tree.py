@@ -61,6 +61,7 @@ class Branch:
 
     @property
     def verdict(self) -> str:
+        """What became of the branch, in a word or two."""
         row = self.row
         if row["status"] != "finished":
             return "abandoned"

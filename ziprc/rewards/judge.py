@@ -96,6 +96,7 @@ class JudgeGrader:
         return lacks_answer(item)
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
+        """Grades in the order of the items, from one batch of the engine; what cannot be asked says why."""
         grades: dict[int, Grade] = {}
         requests: dict[int, Request] = {}
         for i, item in enumerate(items):

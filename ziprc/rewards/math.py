@@ -103,6 +103,7 @@ class MathGrader:
         return lacks_answer(item)
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
+        """Grades in the order of the items; answers that differ as text go to child processes, each with its time limit."""
         grades: dict[int, Grade] = {}
         waiting: deque[int] = deque()
         for i, item in enumerate(items):

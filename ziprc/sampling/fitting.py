@@ -94,6 +94,8 @@ class Fitted:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Fitted:
+        """From the record of calibration.json."""
+
         def logistic(own: Mapping[str, Any]) -> Logistic:
             return Logistic(*(tuple(own[name]) for name in ("mean", "scale", "weight")), own["bias"])
 

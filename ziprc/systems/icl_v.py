@@ -39,6 +39,7 @@ def _params(config: Config, of: CriticOf) -> list[str]:
 
 
 def check_packs(config: Config) -> None:
+    """UserError where packs cannot be full, of training prompts or of those that the critic is judged on."""
     own, asked = config.train_critic, config.rollouts
     if (trained := asked.thinking_samples + asked.non_thinking_samples) < 2:
         raise UserError(

@@ -122,6 +122,7 @@ def samples_params(config: Config, policy: str) -> list[str]:
 
 
 def evaluated(config: Config) -> dict[str, Ref]:
+    """Everything that metrics/zip-rc.json is made from, by role."""
     wanted = [
         *(("prompts", name) for name in ("test",)),
         *(("rollouts", name) for name in ("train", "test", "test-many", "test-ziprc")),

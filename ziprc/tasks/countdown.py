@@ -117,6 +117,7 @@ class Countdown(GeneratedTask[Problem, Settings]):
                 return Problem(tuple(rng.sample(numbers, size)), attempt.values[-1], attempt.expression)
 
     def teach(self, rng: random.Random, problem: Problem, cell: str, settings: Settings) -> Trace:
+        """A worked search: as many attempts as a drawn patience allows, until one hits the target; the last is the answer."""
         if rng.random() < settings.non_thinking:
             return Trace(problem.solution, thinking=False, style="answer")
         patience = rng.choice(settings.attempts)

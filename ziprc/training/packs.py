@@ -15,8 +15,9 @@ N packs, M rollouts in packs, P labelled states.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,40 @@ class Turns:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.stop = int(tokenizer.eos_token_id)
 
-    def between(self, texts: Sequence[str], thinking: Sequence[bool]) -> list[list[int]]:
-        """For every feedback, the ids from after the stop token to the header of the next response, which thinks or not."""
+    def before_each(
+        self,
+        rollouts: Sequence[Graded],
+        packs: Sequence[Sequence[int]],
+        kind: str,
+        shown: Sequence[Sequence[float]] | None,
+    ) -> Iterator[NDArray[np.int32]]:
+        """For every rollout of every pack the ids before its response, from the response before it or from the start."""
+        texts, after = [], []
+        for number, pack in enumerate(packs):
+            scores = [rollouts[i].score for i in pack] if shown is None else shown[number]
+            right = np.cumsum(np.asarray(scores) >= 0.5).tolist()
+            said = [dataclasses.replace(rollouts[i], score=score) for i, score in zip(pack, scores, strict=True)]
+            texts += [feedback_text(kind, said[n], n + 1, right[n]) for n in range(len(pack) - 1)]
+            after += [rollouts[i].thinking for i in pack[1:]]
+        between = iter(self._between(texts, after))
+        for pack in packs:
+            yield rollouts[pack[0]].prompt
+            for i in pack[:-1]:
+                ids = next(between)
+                yield np.array(ids if rollouts[i].cut else ids[1:], np.int32)  # one that was not cut has its stop token
+
+    def _between(self, texts: Sequence[str], thinking: Sequence[bool]) -> list[list[int]]:
+        """For every feedback, the ids from the stop token to the header of the next response, which thinks or not."""
         frames = {flag: self._frame(flag) for flag in set(thinking)}
         whole = [frames[flag].replace(FEEDBACK, text) for text, flag in zip(texts, thinking, strict=True)]
         ids = self.tokenizer(whole, add_special_tokens=False)["input_ids"] if whole else []
-        if wrong := [row for row in ids if row[0] != self.stop]:
+        if wrong := [row for row in ids if row[0] != self.tokenizer.eos_token_id]:
             raise UserError(
-                f"The chat template goes on after a response with token {wrong[0][0]}, expected the stop token {self.stop}; "
-                "packs cannot be cut from it. Use a chat model whose turns end in its eos token."
+                f"The chat template goes on after a response with token {wrong[0][0]}, expected the stop token "
+                f"{self.tokenizer.eos_token_id}; packs cannot be cut from it. Use a chat model whose turns end in its eos token."
             )
-        return [row[1:] for row in ids]
+        return list(ids)
 
     def _frame(self, thinking: bool) -> str:
         messages = [("user", "A question."), ("assistant", RESPONSE), ("user", FEEDBACK)]
@@ -246,32 +268,20 @@ def pack_data(
     `shown` are other scores for the feedback than those of the rollouts, a control. Rollouts at the end of a pack that do
     not fit into `max_length` are left out and counted. Raises UserError when not one pack holds two rollouts.
     """
-    texts, flags = [], []
-    for number, pack in enumerate(packs):
-        scores = [rollouts[i].score for i in pack] if shown is None else shown[number]
-        right = np.cumsum(np.asarray(scores) >= 0.5)
-        for n, (i, after) in enumerate(itertools.pairwise(pack), 1):
-            said = vars(rollouts[i]) | {"score": scores[n - 1]}
-            texts.append(feedback_text(own.feedback, Graded(**said), n, int(right[n - 1])))
-            flags.append(rollouts[after].thinking)
-    turns = Turns(tokenizer)
-    between = iter(turns.between(texts, flags))
+    before = Turns(tokenizer).before_each(rollouts, packs, own.feedback, shown)
     tokens: list[NDArray[np.int32]] = []
     members, first, sizes, counts, left_out, end = [], [], [], [], 0, 0
     for pack in packs:
         start, held = end, 0
-        for n, i in enumerate(pack):
-            gap = rollouts[i].prompt if n == 0 else np.array(next(between), np.int32)
-            if n and rollouts[pack[n - 1]].cut:
-                gap = np.concatenate([[np.int32(turns.stop)], gap])
-            if held < n or end - start + len(gap) + len(rollouts[i].response) > own.max_length:
+        for n, (i, gap) in enumerate(zip(pack, before, strict=False)):  # as many of `before` as the pack is long
+            length = len(gap) + len(rollouts[i].response)
+            if held < n or end - start + length > own.max_length:
                 left_out += 1
                 continue
             tokens += [gap, rollouts[i].response]
             members.append(i)
             first.append(end + len(gap) - 1)
-            end += len(gap) + len(rollouts[i].response)
-            held += 1
+            end, held = end + length, held + 1
         if held:
             sizes.append(end - start)
             counts.append(held)

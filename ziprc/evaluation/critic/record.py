@@ -21,15 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from ziprc.config.load import Config
+from ziprc.config.shared import Evaluate
 from ziprc.errors import UserError
 from ziprc.evaluation import accuracy, calibration
 from ziprc.evaluation.bootstrap import Estimate, Resampling, target_record
 from ziprc.evaluation.critic.siblings import Prior, answer_lookup, sibling_mean, trie_values
 from ziprc.evaluation.outcomes import MOMENTS
 from ziprc.joint.distribution import JointDistribution
-from ziprc.joint.head import read_joint_head
 from ziprc.joint.readout import batches_by_tokens, slice_weight
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.progress import progress
@@ -44,6 +45,7 @@ from ziprc.training.trainees import labelled, labels_of
 SHARES = np.array(list(MOMENTS.values()))
 COMPARED = ("auroc", "within_prompt_auroc", "brier", "log_loss")
 LEAST = 1e-4  # probabilities in a log-loss are at least this
+Said = dict[str, NDArray[np.float64]]  # by predictor [n, M]
 
 
 @torch.inference_mode()
@@ -77,9 +79,7 @@ def expected_scores(
     return values, nats
 
 
-def known_without_a_network(
-    rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], prior: Prior
-) -> dict[str, NDArray[np.float64]]:
+def known_without_a_network(rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], prior: Prior) -> Said:
     """[N, M] each: what `mean`, `lookup` and `trie` expect of the last rollout of every pack, from those before it."""
     found = {name: np.zeros((len(packs), len(SHARES))) for name in ("mean", "lookup", "trie")}
     for number, pack in enumerate(packs):
@@ -104,58 +104,14 @@ def estimates(
     }
 
 
-def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
-    """The whole of metrics/icl-v.json, from tables and checkpoints by role."""
-    own, critic, seed = config.evaluate, config.train_critic, derived_seed(config.seed, "evaluate", "icl-v")
-    size, budget = critic.pack_rollouts, config.runtime.forward_tokens
-    graded = {
-        split: graded_rollouts(
-            ROLLOUTS.read(reads[f"rollouts/{split}"]),
-            GRADES.read(reads[f"grades/{split}"]),
-            str(reads[f"grades/{split}"]),
-        )
-        for split in ("train", "test")
-    }
-    rollouts, ungraded = graded["test"]
-    shown = sorted({k for k in (0, 1, 3, 7, 15, 31, size - 1) if k < size})
-    packs, fewer = packs_to_judge(rollouts, size, shown)
-    if not packs:
-        raise UserError(
-            f"{reads['rollouts/test']}: no prompt has {size} graded rollouts, as many as a pack of the critic. Raise "
-            "rollouts.test_samples or lower train_critic.pack_rollouts."
-        )
-    folders = [reads[name] for name in sorted(reads) if name.startswith("critic")]
-    tokenizer = load_tokenizer(folders[0])
-    for folder in folders:
-        require_kind(folder, pack_kind(critic, tokenizer))
-    readers, grid = [JointReader.open(folder) for folder in folders], read_joint_head(folders[0]).grid
-    data = pack_data(rollouts, packs, tokenizer, critic, grid)
-    if data.left_out:
-        raise UserError(
-            f"{data.left_out} rollouts do not fit into train_critic.max_length={critic.max_length}. Raise it."
-        )
-    scores, nats = expected_scores(readers, data, budget, "critic")
-    rng, whole = np.random.default_rng(seed), [pack for pack in packs if len(pack) == size]
-    shuffled = [[*rng.permutation([rollouts[i].score for i in pack[:-1]]), rollouts[pack[-1]].score] for pack in whole]
-    control = pack_data(rollouts, whole, tokenizer, critic, grid, shuffled)
-    permuted, _ = expected_scores(readers, control, budget, "critic, scores permuted")
-
-    sure = [r.score >= accuracy.SUCCESS for r in graded["train"][0]]
-    prior = Prior.fitted(np.unique([r.prompt_id for r in graded["train"][0]], return_inverse=True)[1], np.array(sure))
-    predictors = {"critic": scores, **known_without_a_network(rollouts, packs, prior)}
-    targets = [rollouts[pack[-1]] for pack in whole]
-    group = np.unique([target.prompt_id for target in targets], return_inverse=True)[1]
-    boot, truth = Resampling(group, own.bootstrap, seed), np.array([target.score for target in targets])
-    siblings = np.array([len(pack) - 1 for pack in packs])
+def compare(boot: Resampling, said: Mapping[int, Said], truth: NDArray[np.float64], own: Evaluate) -> tuple[Any, Any]:
+    """The records `curve` and `difference`, from what every predictor said after each number of siblings."""
     curve: dict[str, Any] = {}
     gaps: dict[str, Any] = {}
     for m, moment in enumerate(MOMENTS):
         alone: dict[str, Estimate] = {}
-        for k in shown:
-            said = {name: values[siblings == k, m] for name, values in predictors.items()}
-            said |= {"permuted": permuted[:, m]} if k == size - 1 else {}
-            found = {name: estimates(boot, values, truth, own.ece_bins) for name, values in said.items()}
-            alone = alone or found["critic"]
+        for k, by_name in said.items():
+            found = {name: estimates(boot, values[:, m], truth, own.ece_bins) for name, values in by_name.items()}
             for name, by_metric in found.items():
                 intervals = {metric: estimate.interval(own.confidence) for metric, estimate in by_metric.items()}
                 curve.setdefault(name, {}).setdefault(moment, {})[str(k)] = intervals
@@ -163,15 +119,62 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
             for name, rival in (found | ({"alone": alone} if k else {})).items():
                 between = {metric: (main[metric] - rival[metric]).interval(own.confidence) for metric in COMPARED}
                 gaps.setdefault(name, {}).setdefault(moment, {})[str(k)] = between
-    counts = {
-        "prompts": {"test": boot.prompts, "with_fewer_rollouts": fewer},
-        "rollouts": {"test": len(targets), "ungraded": ungraded},
-        "packs": len(data), "critics": len(readers),
-    }  # fmt: skip
+            alone = alone or main
+    return curve, gaps
+
+
+def open_critics(config: Config, reads: Mapping[str, Path]) -> tuple[list[JointReader], PreTrainedTokenizerBase]:
+    """The critics, which have to be of the packs that this configuration makes, and their tokenizer."""
+    folders = [reads[name] for name in sorted(reads) if name.startswith("critic")]
+    tokenizer = load_tokenizer(folders[0])
+    for folder in folders:
+        require_kind(folder, pack_kind(config.train_critic, tokenizer))
+    return [JointReader.open(folder) for folder in folders], tokenizer
+
+
+def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
+    """The whole of metrics/icl-v.json, from tables and checkpoints by role."""
+    own, critic, seed = config.evaluate, config.train_critic, derived_seed(config.seed, "evaluate", "icl-v")
+    size, budget = critic.pack_rollouts, config.runtime.forward_tokens
+    (trained, _), (rollouts, ungraded) = (
+        graded_rollouts(ROLLOUTS.read(reads[f"rollouts/{split}"]), GRADES.read(grades), str(grades))
+        for split in ("train", "test") for grades in [reads[f"grades/{split}"]]
+    )  # fmt: skip
+    shown = sorted({k for k in (0, 1, 3, 7, 15, 31, size - 1) if k < size})
+    packs, fewer = packs_to_judge(rollouts, size, shown)
+    if not packs:
+        raise UserError(
+            f"{reads['rollouts/test']}: no prompt has {size} graded rollouts, as many as a pack of the critic. Raise "
+            "rollouts.test_samples or lower train_critic.pack_rollouts."
+        )
+    readers, tokenizer = open_critics(config, reads)
+    data = pack_data(rollouts, packs, tokenizer, critic, readers[0].joint.grid)
+    if data.left_out:
+        raise UserError(
+            f"{data.left_out} rollouts do not fit into train_critic.max_length={critic.max_length}. Raise it."
+        )
+    scores, nats = expected_scores(readers, data, budget, "critic")
+    rng, whole = np.random.default_rng(seed), [pack for pack in packs if len(pack) == size]
+    shuffled = [[*rng.permutation([rollouts[i].score for i in pack[:-1]]), rollouts[pack[-1]].score] for pack in whole]
+    control = pack_data(rollouts, whole, tokenizer, critic, data.grid, shuffled)
+
+    prior = Prior.fitted([r.prompt_id for r in trained], [r.score >= accuracy.SUCCESS for r in trained])
+    predictors = {"critic": scores, **known_without_a_network(rollouts, packs, prior)}
+    siblings = np.array([len(pack) - 1 for pack in packs])
+    said = {k: {name: values[siblings == k] for name, values in predictors.items()} for k in shown}
+    said[size - 1]["permuted"], _ = expected_scores(readers, control, budget, "critic, scores permuted")
+    targets = [rollouts[pack[-1]] for pack in whole]
+    group = np.unique([target.prompt_id for target in targets], return_inverse=True)[1]
+    boot = Resampling(group, own.bootstrap, seed)
+    curve, gaps = compare(boot, said, np.array([target.score for target in targets]), own)
     record = {
         "confidence": own.confidence, "replicates": own.bootstrap, "pack_rollouts": size, "feedback": critic.feedback,
-        "prior": {"mean": prior.mean, "strength": prior.strength}, "counts": counts, "curve": curve, "difference": gaps,
+        "prior": {"mean": prior.mean, "strength": prior.strength}, "curve": curve, "difference": gaps,
         "joint_nll": {str(k): float(nats[siblings == k].mean()) for k in shown},
+        "counts": {
+            "prompts": {"test": boot.prompts, "with_fewer_rollouts": fewer},
+            "rollouts": {"test": len(targets), "ungraded": ungraded}, "packs": len(data), "critics": len(readers),
+        },
     }  # fmt: skip
     return record | {"headline": headline(record)}
 

@@ -32,11 +32,10 @@ class Prior:
     strength: float
 
     @classmethod
-    def fitted(cls, group: ArrayLike, success: ArrayLike) -> Prior:
-        """The likeliest one for rollouts [n] of numbered prompts, by their counts of successes."""
-        asked = np.bincount(group)
-        right = np.bincount(group, success, len(asked))[asked > 0]
-        asked = asked[asked > 0]
+    def fitted(cls, prompts: ArrayLike, success: ArrayLike) -> Prior:
+        """The likeliest one for the outcomes [n] of rollouts of these prompts [n], by the prompts' counts of successes."""
+        _, group, asked = np.unique(prompts, return_inverse=True, return_counts=True)
+        right = np.bincount(group, success)
         mean = float(np.clip(right.sum() / asked.sum(), 1e-3, 1 - 1e-3))
 
         def loss(log_strength: float) -> float:
