@@ -809,6 +809,10 @@ def test_fetch_and_the_judge_find_what_is_in_the_cache_and_refuse_what_cannot_be
     (cache / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"base.model 'some/model' needs .* lacks model-00002-of-00002.safetensors"):
         fetch_experiment(config)
+    for damaged in ('{"weight_map": {', "{}", "[]"):
+        (cache / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"base.model 'some/model': .*index.json is damaged .* Fetch or copy"):
+            fetch_experiment(config)
     (cache / "model.safetensors.index.json").unlink()
     (cache / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"grades.judge.model 'some/model' has no chat template"):

@@ -50,7 +50,10 @@ def check_model(folder: Path, name: str, key: str) -> None:
     found = {path.name for path in folder.iterdir()}
     weights = {file for file in found if file.endswith(".safetensors")}
     index = folder / "model.safetensors.index.json"
-    missing = set(json.loads(index.read_text())["weight_map"].values()) - weights if index.exists() else set()
+    try:
+        missing = set(json.loads(index.read_text())["weight_map"].values()) - weights if index.exists() else set()
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{key} '{name}': {index} is damaged ({error}). Fetch or copy the model again.") from None
     if "config.json" not in found or not weights or missing:
         raise UserError(
             f"{key} '{name}' needs config.json and weights in safetensors; {folder} holds: "

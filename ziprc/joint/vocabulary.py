@@ -6,7 +6,7 @@ the tokenizer, and a slice that overlaps any id that the tokenizer or the genera
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ def generation_ids(generation_config: Any) -> set[int]:
     return {int(one) for v in values for one in (v if isinstance(v, Iterable) else [v]) if one is not None}
 
 
-def check_layout(layout: VocabLayout, used_ids: Iterable[int]) -> None:
+def check_layout(layout: VocabLayout, used_ids: Collection[int]) -> None:
     """Raise UserError when reserved rows do not fit into the matrix, overlap an id in use (both ids are named) or others."""
     if layout.joint_start < 0 or layout.joint_stop > layout.vocab_size:
         raise UserError(
