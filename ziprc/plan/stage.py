@@ -73,6 +73,7 @@ class System:
     sections: tuple[str, ...]
     evaluation: str  # module with `metrics(config, reads)`
     page: str  # module with `sections(config, layout, reads)` for the report, and the QUESTION that they answer
+    evaluate_uses: Callable[[Config], Iterable[str]] = lambda config: ()  # modules that it chooses by name
 
 
 def one(name: str) -> Callable[[Config], Mapping[str, str]]:

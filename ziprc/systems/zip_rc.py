@@ -136,9 +136,9 @@ def evaluated(config: Config) -> dict[str, Ref]:
 
 
 def evaluate_params(config: Config) -> list[str]:
-    """What it says about the training of the heads and of the base."""
+    """Whose answers are compared, and what it says about the training of the heads and of the base."""
     counted = [f"train_joint.{n}.{key}" for n in judged_heads(config) for key in ("epochs", "max_steps", "batch_size")]
-    return [*counted, "train_joint.ziprc.unfinished", "base.model", "base.tokens"]
+    return ["prompts.task", *counted, "train_joint.ziprc.unfinished", "base.model", "base.tokens"]
 
 
 def shows(config: Config) -> dict[str, Ref]:
@@ -208,4 +208,5 @@ ZIP_RC = System(
     sections=("train_joint", "values", "introspection", "baselines", "calibration", "frontier", "samples"),
     evaluation="ziprc.evaluation.head.record",
     page="ziprc.pages.zip_rc",
+    evaluate_uses=lambda config: [task_module(config)],
 )
