@@ -43,6 +43,7 @@ STAGES = {
     "calibration": "ziprc",
     "frontier": "frontier",
     "samples": "zip-rc-plus-branching",
+    "train_critic": "critic",
     "evaluate": "zip-rc",
     "report": "report",
 }

@@ -23,6 +23,7 @@ from tests.workflow.conftest import Workplace
 from tests.workflow.faults import LEDGER, STAGES, Bench
 from ziprc.stages.context import perform
 from ziprc.store.digests import digest_file
+from ziprc.systems import STAGES as ALL_STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -243,3 +244,7 @@ def test_a_killed_snakemake_takes_over_what_was_made_meanwhile(workplace: Workpl
     for job in ("rollouts-train", "train_joint-ziprc", "evaluate-zip-rc"):
         assert "nothing to do" in (workplace.home / "logs" / f"{job}.log").read_text()
     assert {path: (digest_file(path), path.stat().st_ino) for path in workplace.home.rglob("*.parquet")} == before
+
+
+def test_every_stage_has_its_trials() -> None:
+    assert set(STAGES) == {stage.name for stage in ALL_STAGES}

@@ -31,6 +31,11 @@ def evaluated(config: Config) -> dict[str, Ref]:
     return found | {name: Ref("train_critic", name) for name in critics(config)}
 
 
+def evaluate_params(config: Config) -> list[str]:
+    judged = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "ece_bins", "targets")]
+    return [*judged, *(f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length"))]
+
+
 def _params(config: Config, of: CriticOf) -> list[str]:
     return [
         "seed",
@@ -68,9 +73,7 @@ ICL_V = System(
     rollouts=lambda config: {},
     shows=lambda config: {"metrics/icl-v": Ref("evaluate", "icl-v")},
     evaluated=evaluated,
-    evaluate_params=lambda config: [
-        f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length")
-    ],
+    evaluate_params=evaluate_params,
     sections=("train_critic",),
     evaluation="ziprc.evaluation.critic.record",
     page="ziprc.pages.icl_v",

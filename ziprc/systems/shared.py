@@ -152,7 +152,7 @@ def results(systems: Sequence[System]) -> tuple[Stage[Any], ...]:
             "evaluate", "what the numbers of {name} mean", "metrics/{name}.json",
             lambda c: {system.name: system for system in of(c)},
             reads=lambda c, system: system.evaluated(c),
-            params=lambda c, system: ["seed", "evaluate", *system.evaluate_params(c)],
+            params=lambda c, system: ["seed", *system.evaluate_params(c)],
             machine="gpu", uses=lambda c, system: [*system.evaluate_uses(c), system.evaluation], held_out=True,
         ),
         Stage(

@@ -138,7 +138,7 @@ def evaluated(config: Config) -> dict[str, Ref]:
 def evaluate_params(config: Config) -> list[str]:
     """Whose answers are compared, and what it says about the training of the heads and of the base."""
     counted = [f"train_joint.{n}.{key}" for n in judged_heads(config) for key in ("epochs", "max_steps", "batch_size")]
-    return ["prompts.task", *counted, "train_joint.ziprc.unfinished", "base.model", "base.tokens"]
+    return ["evaluate", "prompts.task", *counted, "train_joint.ziprc.unfinished", "base.model", "base.tokens"]
 
 
 def shows(config: Config) -> dict[str, Ref]:
