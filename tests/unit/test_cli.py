@@ -178,3 +178,9 @@ def test_a_reader_who_has_seen_enough_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["run values --name train --experiment smoke", "build --experiment smoke"])
+def test_settings_given_one_by_one_all_count(command: str) -> None:
+    arguments = [*command.split(), "--set", "seed=3", "--set", "values.folds=1", "base.tokens=2000"]
+    assert cli.parser().parse_args(arguments).set == ["seed=3", "values.folds=1", "base.tokens=2000"]

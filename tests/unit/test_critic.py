@@ -9,16 +9,21 @@ import torch
 from tests.doubles import World, tiny_checkpoint, tiny_tables
 from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.evaluation.critic.record import known_without_a_network
+from ziprc.evaluation.critic.record import expected_scores, known_without_a_network, open_critics, shuffled
 from ziprc.evaluation.critic.siblings import UNSEEN, Prior, answer_lookup, sibling_mean, trie_values
 from ziprc.evaluation.outcomes import MOMENTS
 from ziprc.pages import icl_v
+from ziprc.plan.stage import Ref
 from ziprc.stages import evaluate, report, train_critic
+from ziprc.stages.context import Context
 from ziprc.store.files import read_json, write_json
 from ziprc.store.layout import Layout
+from ziprc.systems import graph_of
 from ziprc.systems.icl_v import check_packs
+from ziprc.tables.grades import GRADES
+from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.training.objectives.joint import JointLabels, slice_cross_entropy
-from ziprc.training.packs import Graded
+from ziprc.training.packs import Graded, graded_rollouts, pack_data
 
 PRIOR = Prior(0.25, 2.0)
 
@@ -119,12 +124,49 @@ def test_the_record_has_the_curve_of_the_critic_beside_all_rivals(experiment: Wo
     within = found["curve"]["mean"]["start"]["3"]["within_prompt_auroc"]["value"]
     assert within == 0.5, "with the same siblings all rollouts of a prompt are alike to it too"
     assert set(found["difference"]["alone"]["end"]) == {"1", "3"}
+    lone = [
+        found["curve"]["critic"]["end"][k]["brier"]["value"] - found["curve"]["critic"]["end"]["0"]["brier"]["value"]
+        for k in ("1", "3")
+    ]
+    gaps = [found["difference"]["alone"]["end"][k]["brier"]["value"] for k in ("1", "3")]
+    assert gaps == pytest.approx(lone, abs=2e-6), "alone is the critic without siblings, whatever it is compared with"
     gap, own, rival = (
         record["end"]["3"]["brier"]["value"]
         for record in (found["difference"]["trie"], found["curve"]["critic"], found["curve"]["trie"])
     )
     assert gap == pytest.approx(own - rival, abs=2e-6)
     assert set(found["joint_nll"]) == {"0", "1", "3"} and all(0 < nats < 10 for nats in found["joint_nll"].values())
+
+
+def test_what_a_critic_expects_is_read_at_the_states_of_the_last_rollout(experiment: World) -> None:
+    config, layout = experiment.config, experiment.layout
+    readers, tokenizer = open_critics(config, Context(graph_of(config, layout), Ref("evaluate", "icl-v")).reads)
+    rollouts, _ = graded_rollouts(
+        *(schema.read(layout.table(schema.name, "test")) for schema in (ROLLOUTS, GRADES)), where="grades"
+    )
+    packs = [[0, 1, 2, 4], [3], [5, 8]]
+    data = pack_data(rollouts, packs, tokenizer, config.train_critic, readers[0].joint.grid)
+    together, _ = expected_scores(readers, data, 10_000, "both")
+    alone = [expected_scores([reader], data, 200, "one")[0] for reader in readers]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-4
+    np.testing.assert_allclose(together, np.mean(alone, 0), atol=1e-6)
+    for number, reader in enumerate(readers):
+        for row, pack in enumerate(packs):
+            ids = torch.tensor(data.tokens[data.offsets[row] : data.offsets[row + 1]])[None].long()
+            with torch.inference_mode():
+                logits = reader.model(ids).logits[0, :, reader.joint.layout.joint_slice]
+            right = logits.softmax(-1).unflatten(-1, (2, -1)).sum(-1)[:, 1].numpy()
+            m = len(rollouts[pack[-1]].response)
+            states = [len(right) - 1 - m + int(m * share) for share in MOMENTS.values()]
+            np.testing.assert_allclose(alone[number][row], right[states], atol=1e-5)
+
+
+def test_shuffled_scores_stay_among_the_siblings() -> None:
+    rollouts = [rollout([1], score) for score in (1.0, 0.0, 0.25, 0.5)]
+    packs = [[0, 1, 2, 3]] * 20
+    found = shuffled(rollouts, packs, np.random.default_rng(0))
+    assert all(sorted(own[:-1]) == [0.0, 0.25, 1.0] and own[-1] == 0.5 for own in found)
+    assert len({tuple(own) for own in found}) > 3
 
 
 def test_the_page_shows_the_curve_and_what_did_not_work(experiment: World) -> None:

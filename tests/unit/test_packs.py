@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.doubles import World, tiny_checkpoint, tiny_tables, tiny_tokenizer
 from ziprc.chat import prompt_token_ids
@@ -14,11 +15,14 @@ from ziprc.config.icl_v import FEEDBACK_KINDS, TrainCritic
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
+from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import read_manifest
 from ziprc.stages import train_critic
 from ziprc.store.layout import Layout
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.training.objectives.joint import JointObjective
+from ziprc.training.order import MicroBatches
 from ziprc.training.packs import (
     Graded,
     feedback_text,
@@ -29,6 +33,7 @@ from ziprc.training.packs import (
     require_kind,
     shuffled_packs,
 )
+from ziprc.training.trainees import JointTrainee
 
 TOKENIZER = tiny_tokenizer()
 GRID = BinGrid((0.0, 1.0), (0, 4, 8, 16, 64))
@@ -72,6 +77,7 @@ def test_what_is_said_about_a_rollout() -> None:
     assert feedback_text("first_reward_only", right, 2, 2) == "Length: 6 tokens"
     assert feedback_text("so_far", cut, 3, 2) == "Reward: 0\nLength: 3 tokens, cut off\nSo far: 2 of 3 right"
     assert feedback_text("answer", right, 1, 1) == "Answer: 3+\nLength: 6 tokens"
+    assert feedback_text("answer", replace(right, score=0.5), 1, 1).startswith("Answer: 3+")
     assert feedback_text("answer", replace(cut, answer=""), 1, 0) == "Answer: none-\nLength: 3 tokens, cut off"
 
 
@@ -119,11 +125,28 @@ def test_units_beyond_the_packs_teach_the_reward_alone_and_ends_weigh_more() -> 
     assert (first[:-2] == 1).all() and (first[-2:] == 1 + round(sizes[0] / 2)).all()
 
 
+def test_training_counts_a_state_by_its_weight(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "tiny")
+    tiny_checkpoint(layout.checkpoint("base"), joint=False)
+    model = load_model(layout.checkpoint("base"))
+    trainee = JointTrainee(model, JointObjective(GRID.R, GRID.L, slice(len(TOKENIZER), len(TOKENIZER) + GRID.size)))
+    batch = pack_data(THREE, [[0, 1]], TOKENIZER, TrainCritic(end_weight=3), GRID).batch(np.array([0]))
+    once = {**batch, "weight": torch.ones_like(batch["weight"])}
+    twice = {**batch, "weight": batch["weight"] - 1}
+    assert twice["weight"].any()
+    parts = [trainee.loss(of).total.item() for of in (batch, once, twice)]
+    assert parts[0] == pytest.approx(parts[1] + parts[2], rel=1e-5) and parts[0] > 1.5 * parts[1]
+
+
 def test_what_does_not_fit_is_left_out_and_counted() -> None:
     one = len(THREE[0].prompt) + len(THREE[0].response)
     whole = pack_data(THREE, [[0, 1, 2]], TOKENIZER, TrainCritic(), GRID)
     data = pack_data(THREE, [[0, 1, 2]], TOKENIZER, TrainCritic(max_length=int(whole.offsets[-1]) - 1), GRID)
     assert data.left_out == 1 and data.members.tolist() == [0, 1]
+    four = [*THREE, rollout(3, "2")]
+    short = pack_data(four, [[0, 1, 3]], TOKENIZER, TrainCritic(), GRID)
+    cut = pack_data(four, [[0, 1, 2, 3]], TOKENIZER, TrainCritic(max_length=int(short.offsets[-1])), GRID)
+    assert cut.left_out == 2 and cut.members.tolist() == [0, 1], "none follows one that is missing, however short"
     with pytest.raises(UserError, match=r"Not one of 1 packs holds two .* \(2 rollouts did not fit .*max_length=\d+"):
         pack_data(THREE, [[0, 1, 2]], TOKENIZER, TrainCritic(max_length=one), GRID)
     with pytest.raises(UserError, match="thinking_samples"):
@@ -203,3 +226,18 @@ def test_rollouts_without_a_score_are_counted_and_cut_ones_score_nothing(tmp_pat
     rows[finished] |= {"score": None, "status": "timeout"}
     found, without = graded_rollouts(rollouts, GRADES.make(rows), "grades")
     assert without == 1 and len(found) == 15 and rows[finished]["rollout_id"] not in {r.rollout_id for r in found}
+
+
+def test_the_first_steps_learn_the_reward_alone_and_the_last_ones_the_length_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {**SETTINGS["train_critic"], "folds": 1, "batch_size": 2, "epochs": 2, "joint_share": 0.25}
+    world = World(Config.model_validate({**SETTINGS, "train_critic": own}), Layout(tmp_path, "tiny"))
+    tiny_checkpoint(world.layout.checkpoint("base"), joint=False)
+    tiny_tables(world.layout, "train", prompts=12, samples=4, unfinished=0)
+    given: list[MicroBatches] = []
+    monkeypatch.setattr(train_critic, "train", lambda *arguments: given.append(arguments[4]) or "done")
+    train_critic.run(world.context("train_critic", "critic"))
+    (batches,) = given
+    steps = [bool(batches[i * batches.order.slots]["censored"].all()) for i in range(batches.order.steps)]
+    assert steps == [True] * 9 + [False] * 3, "two passes over twelve packs, two a step; the last quarter is joint"

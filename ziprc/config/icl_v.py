@@ -18,8 +18,8 @@ class TrainCritic(Optimisation):
     pack_rollouts: int = Field(8, ge=2, description="rollouts of one prompt in a pack; the last has one less before it")
     feedback: FeedbackKind = Field(
         "answer",
-        description="said after a rollout: reward and length (full), length alone, a reward after the first alone, and of "
-        "ours the count of right ones so far, or the answer",
+        description="said after a rollout: reward and length (full), length alone, a reward after the first alone; ours: "
+        "also how many were right so far, or the answer and its mark, + or -, in place of the reward",
     )
     length_edges: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=3), Increasing] = Field(
         (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768), description="edges of the length bins in tokens, from 0 up"

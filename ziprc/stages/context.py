@@ -99,7 +99,9 @@ def add_experiment_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", required=True, help="a name under `experiments` in the configuration file")
     parser.add_argument("--config-file", type=Path, default=Path("config.yaml"), help="the configuration file")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25")
+    parser.add_argument(
+        "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="e.g. train_joint.ziprc.kl=25"
+    )
 
 
 def context_of(options: argparse.Namespace, stage: str) -> Context:

@@ -62,6 +62,14 @@ def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
+def padded(tokens: NDArray[np.int32], starts: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, Any]:
+    """Stretches of `counts` tokens from `starts` on as rows of `input_ids` and `attention_mask`, padded on the right."""
+    inside = np.arange(counts.max()) < counts[:, None]
+    ids = np.zeros(inside.shape, dtype=np.int64)
+    ids[inside] = tokens[np.repeat(starts, counts) + within(counts)]
+    return {"input_ids": ids, "attention_mask": inside.astype(np.int64)}
+
+
 @dataclass(frozen=True)
 class Sequences:
     """N token sequences, prompt then response, in one flat array; sequence i is tokens[offsets[i]:offsets[i + 1]]."""
@@ -90,13 +98,9 @@ class Sequences:
         """input_ids and attention_mask [B, T], padded on the right; the labelled states, as positions in [B·T]; labels."""
         inputs, first = self.input_lengths()[picked], self.prompt_lengths[picked] - 1
         counts = inputs - first  # labelled states: the last of the prompt, and all of the response that are inputs
-        width, rows, columns = inputs.max(), np.arange(len(picked)), within(inputs)
-        ids = np.zeros((len(picked), width), dtype=np.int64)
-        ids[np.repeat(rows, inputs), columns] = self.tokens[np.repeat(self.offsets[picked], inputs) + columns]
         batch = {
-            "input_ids": ids,
-            "attention_mask": (np.arange(width) < inputs[:, None]).astype(np.int64),
-            "positions": np.repeat(rows * width + first, counts) + within(counts),
+            **padded(self.tokens, self.offsets[picked], inputs),
+            "positions": np.repeat(np.arange(len(picked)) * inputs.max() + first, counts) + within(counts),
             "count": counts.sum(),
         }
         return {name: torch.as_tensor(value) for name, value in (batch | self.labels(picked, counts)).items()}

@@ -8,7 +8,7 @@ siblings. A pack is cut from the chat template and made of the sampled ids:
 
 Unlike the published layout it equals the template's own rendering of the conversation, up to its last newline; a response
 that ran into the cap is closed, marked as cut in its feedback, and its length is a lower bound; the states before the first
-token and after the stop token are supervised too (specs: state j of a response of m tokens has m − j to come, j = 0 … m).
+token and after the stop token are supervised too: state j of a response of m tokens has m − j to come, j = 0 … m.
 
 N packs, M rollouts in packs, P labelled states.
 """
@@ -37,7 +37,7 @@ from ziprc.store.digests import derived_seed, digest_json
 from ziprc.store.layout import CHECKPOINT_MANIFEST
 from ziprc.tables.grades import GradeStatus, one_a_rollout
 from ziprc.tables.rollouts import FinishReason
-from ziprc.training.data import within
+from ziprc.training.data import padded, within
 
 RESPONSE, FEEDBACK = "The response.", "The feedback."  # stand-ins, to see what the template puts around them
 END_STATES = 2  # of a rollout, to which `end_weight` gives more
@@ -76,22 +76,17 @@ def graded_rollouts(rollouts: pa.Table, grades: pa.Table, where: str) -> tuple[l
         if score is None and not cut:
             continue
         ids = [np.asarray(of.values, dtype=np.int32) for of in (prompt, response)]
-        found.append(
-            Graded(
-                rollout_id.as_py(),
-                prompt_id.as_py(),
-                *ids,
-                float(score or 0),
-                answer or "",
-                cut,
-                bool(thinking.as_py()),
-            )
-        )
+        names, flags = [value.as_py() for value in (rollout_id, prompt_id)], (cut, thinking.as_py())
+        found.append(Graded(*names, *ids, float(score or 0), answer or "", *flags))
     return found, rollouts.num_rows - len(found)
 
 
 def feedback_text(kind: str, rollout: Graded, number: int, right: int) -> str:
-    """What the user says about rollout `number` (from 1) of a pack, of which `right` are right so far, this one included."""
+    """What the user says about rollout `number` (from 1) of a pack, of which `right` are right so far, this one included.
+
+    Where the answer is said, its mark stands directly behind it, in place of the reward: a head that looks for the same answer
+    then finds the mark as what follows it, in one step.
+    """
     lines = [f"Length: {len(rollout.response)} tokens{', cut off' if rollout.cut else ''}"]
     if kind in ("full", "so_far") or (kind == "first_reward_only" and number == 1):
         lines.insert(0, f"Reward: {rollout.score:.4g}")
@@ -207,19 +202,15 @@ class PackData:
         pack, reward_only = picked % len(self), picked >= len(self)
         inputs, own = self.input_lengths()[pack], self.rollouts_of(pack)
         row = np.repeat(np.arange(len(pack)), np.diff(self.segments)[pack])
-        width = inputs.max()
-        ids = np.zeros((len(pack), width), dtype=np.int64)
-        rows, columns = np.repeat(np.arange(len(pack)), inputs), within(inputs)
-        ids[rows, columns] = self.tokens[np.repeat(self.offsets[pack], inputs) + columns]
+        start = row * inputs.max() + self.first[own] - self.offsets[pack][row]
         counts = self.lengths[own] + 1
         inside, any_length = within(counts), np.repeat(reward_only[row], counts)
         remaining = np.repeat(self.lengths[own], counts) - inside
         extra = np.rint(self.end_weight * counts / np.minimum(counts, END_STATES)).astype(np.int64)
         weight = 1 + np.where(remaining < END_STATES, np.repeat(extra, counts), 0)
         batch: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": (np.arange(width) < inputs[:, None]).astype(np.int64),
-            "positions": np.repeat(row * width + self.first[own] - self.offsets[pack][row], counts) + inside,
+            **padded(self.tokens, self.offsets[pack], inputs),
+            "positions": np.repeat(start, counts) + inside,
             "reward_bin": np.repeat(self.reward_bin[own], counts),
             "length_bin": np.where(any_length, 0, self.grid.length_bin(remaining)),
             "censored": np.repeat(self.censored[own], counts) | any_length,

@@ -91,6 +91,12 @@ def known_without_a_network(rollouts: Sequence[Graded], packs: Sequence[Sequence
     return found
 
 
+def shuffled(rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], rng: np.random.Generator) -> list[list[float]]:
+    """Scores to show in the packs: those of all but the last rollout change places, the last keeps its own."""
+    scores = [[rollouts[i].score for i in pack] for pack in packs]
+    return [[*rng.permutation(own[:-1]).tolist(), own[-1]] for own in scores]
+
+
 def estimates(
     boot: Resampling, prediction: NDArray[np.float64], score: NDArray[np.float64], bins: int
 ) -> dict[str, Estimate]:
@@ -155,8 +161,7 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
         )
     scores, nats = expected_scores(readers, data, budget, "critic")
     rng, whole = np.random.default_rng(seed), [pack for pack in packs if len(pack) == size]
-    shuffled = [[*rng.permutation([rollouts[i].score for i in pack[:-1]]), rollouts[pack[-1]].score] for pack in whole]
-    control = pack_data(rollouts, whole, tokenizer, critic, data.grid, shuffled)
+    control = pack_data(rollouts, whole, tokenizer, critic, data.grid, shuffled(rollouts, whole, rng))
 
     prior = Prior.fitted([r.prompt_id for r in trained], [r.score >= accuracy.SUCCESS for r in trained])
     predictors = {"critic": scores, **known_without_a_network(rollouts, packs, prior)}

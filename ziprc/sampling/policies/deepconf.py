@@ -80,6 +80,7 @@ class DeepConfOnline(Baseline):
         return Vote(Source.WINDOW, self.sharpness)
 
     def decide(self, trees: Trees, interval: int) -> Decision:
+        """A warm-up of samples that run to their end; then those below its confidence stop, until the vote agrees."""
         first, started = np.arange(trees.slots) < self.warmup, trees.used.sum(-1)
         warm = (trees.used | ~first).all(-1) & ~(trees.running & first).any(-1)
         run = trees.running & (first | self.liked(trees))

@@ -29,6 +29,7 @@ class AdaptiveConsistency(Baseline):
     title: ClassVar[str] = "adaptive-consistency@{0.k_max}/{0.threshold:g}/b{0.batch}"
 
     def decide(self, trees: Trees, interval: int) -> Decision:
+        """Another batch, while the Beta posterior of leader against rival is below the threshold."""
         idle, used = ~trees.running.any(-1), trees.used.sum(-1)
         goal = np.full(len(trees), self.batch)
         rows = np.flatnonzero(idle & (used >= self.batch))

@@ -56,6 +56,7 @@ class ZipRC:
 
     @property
     def name(self) -> str:
+        """zip-rc@alpha,beta and, behind it, what departs from the published rule."""
         words = {
             f"k{self.k_max}": self.k_max != 8,
             f"horizons-{self.horizons}": self.horizons != Horizons.SHARED,
@@ -75,6 +76,7 @@ class ZipRC:
         return joint if self.calibration is None else self.calibration.apply(joint, self.grid)
 
     def decide(self, trees: Trees, interval: int) -> Decision:
+        """Open prompts that have their first token, plan anew for all others, some prompts at a time for memory's sake."""
         decision = Decision.stop(trees)
         first = (trees.used.sum(-1) == 1) & (trees.length[:, 0] <= 1) & ~trees.finished[:, 0]
         for step, mine in ((self._open, first), (self._plan, ~first)):

@@ -119,6 +119,7 @@ class ZipRCPlus(FusedScore):
         return f"{self.label}@{self.price:.2g}"
 
     def decide(self, trees: Trees, interval: int) -> Decision:
+        """One pick after the other, up to `width`: what gains most per token, as long as it is worth its price."""
         decision = Decision.stop(trees)
         doubt = 1 - self._answers(trees).max(-1)
         chance, cost, allowed = self._candidates(trees)
