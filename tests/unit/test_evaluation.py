@@ -23,10 +23,9 @@ from ziprc.config.load import Config
 from ziprc.config.shared import Evaluate
 from ziprc.config.zip_rc import Baselines, Samples
 from ziprc.errors import UserError
-from ziprc.evaluation.accuracy import auroc, length_metrics
+from ziprc.evaluation.accuracy import auroc, length_metrics, majority_scores
 from ziprc.evaluation.bootstrap import Estimate, Resampling, target_record
 from ziprc.evaluation.calibration import calibration_metrics, length_curve, reliability_curve, sampling_floor
-from ziprc.evaluation.head.description import majority_scores
 from ziprc.evaluation.head.metrics import length_records, no_loss, policy_record
 from ziprc.evaluation.head.probes import logistic_prediction, probe_prediction
 from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes, moment_positions

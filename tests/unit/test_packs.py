@@ -31,6 +31,7 @@ from ziprc.training.packs import (
     pack_kind,
     packs_to_judge,
     require_kind,
+    rotated_packs,
     shuffled_packs,
 )
 from ziprc.training.trainees import JointTrainee
@@ -142,12 +143,15 @@ def test_what_does_not_fit_is_left_out_and_counted() -> None:
     one = len(THREE[0].prompt) + len(THREE[0].response)
     whole = pack_data(THREE, [[0, 1, 2]], TOKENIZER, TrainCritic(), GRID)
     data = pack_data(THREE, [[0, 1, 2]], TOKENIZER, TrainCritic(max_length=int(whole.offsets[-1]) - 1), GRID)
-    assert data.left_out == 1 and data.members.tolist() == [0, 1]
-    four = [*THREE, rollout(3, "2")]
-    short = pack_data(four, [[0, 1, 3]], TOKENIZER, TrainCritic(), GRID)
-    cut = pack_data(four, [[0, 1, 2, 3]], TOKENIZER, TrainCritic(max_length=int(short.offsets[-1])), GRID)
-    assert cut.left_out == 2 and cut.members.tolist() == [0, 1], "none follows one that is missing, however short"
-    with pytest.raises(UserError, match=r"Not one of 1 packs holds two .* \(2 rollouts did not fit .*max_length=\d+"):
+    assert data.left_out == 1 and data.members.tolist() == [1, 2], "the last ones stay, which have siblings"
+    assert data.tokens.tolist() == pack_data(THREE, [[1, 2]], TOKENIZER, TrainCritic(), GRID).tokens.tolist()
+    first = TrainCritic(feedback="first_reward_only")
+    whole = pack_data(THREE, [[0, 1, 2]], TOKENIZER, first, GRID)
+    cut = pack_data(
+        THREE, [[0, 1, 2]], TOKENIZER, first.model_copy(update={"max_length": int(whole.offsets[-1]) - 1}), GRID
+    )
+    assert TOKENIZER.decode(cut.tokens).count("Reward: 0") == 1, "the first that is left is the first"
+    with pytest.raises(UserError, match=r"Not one of 1 packs holds two .* \(3 rollouts did not fit .*max_length=\d+"):
         pack_data(THREE, [[0, 1, 2]], TOKENIZER, TrainCritic(max_length=one), GRID)
     with pytest.raises(UserError, match="thinking_samples"):
         pack_data(THREE[:1], [[0]], TOKENIZER, TrainCritic(), GRID)
@@ -159,6 +163,20 @@ def test_packs_hold_every_rollout_once_a_pass() -> None:
     assert sorted(i for pack in packs for i in pack) == sorted([*range(17)] * 2)
     assert all(len({rollouts[i].prompt_id for i in pack}) == 1 and len(pack) <= 4 for pack in packs)
     assert packs == shuffled_packs(rollouts, 4, 2, seed=1) != shuffled_packs(rollouts, 4, 2, seed=2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_in_rotated_packs_every_rollout_is_valued_once_behind_half_a_pack(count: int, size: int) -> None:
+    rollouts = [replace(THREE[0], rollout_id=str(i), prompt_id=str(i % 2)) for i in range(2 * count)]
+    packs, last = rotated_packs(rollouts, size, seed=1)
+    valued = [i for pack, targets in zip(packs, last, strict=True) for i in pack[len(pack) - targets :]]
+    assert sorted(valued) == ([*range(2 * count)] if count > 1 else [])
+    for pack, targets in zip(packs, last, strict=True):
+        assert len(set(pack)) == len(pack) == min(size, count) and len({i % 2 for i in pack}) == 1
+        assert len(pack) - targets >= len(pack) // 2 >= 1
+    assert (packs, last) == rotated_packs(rollouts, size, seed=1)
+    assert count < 7 or packs != rotated_packs(rollouts, size, seed=2)[0]
 
 
 def test_all_that_are_judged_have_the_same_siblings_and_are_nobodys_sibling() -> None:

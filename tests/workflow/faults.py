@@ -44,6 +44,8 @@ STAGES = {
     "frontier": "frontier",
     "samples": "zip-rc-plus-branching",
     "train_critic": "critic",
+    "qvalues": "train",
+    "train_policy": "policy-kl",
     "evaluate": "zip-rc",
     "report": "report",
 }

@@ -32,16 +32,23 @@ PLAN = graph_of(load(MICRO, "micro"), Layout(Path("results"), "micro"))
 EVERY = {ref.stage: ref for ref in PLAN.closure(goals_of(PLAN.config))}  # one artifact of each stage
 MORE = [Ref("train_joint", "noisy-fold0"), Ref("values", "test-many"), Ref("rollouts", "train")]
 # Of these a whole section is handed on, and which of its keys are read depends on the values of others.
-WHOLE = {"frontier", "base", "train_joint"}
+WHOLE = {"frontier", "base", "train_joint", "train_policy"}
+
+
+def inner(section: BaseModel, name: str) -> dict[str, Section]:
+    """The sections that a key holds, by where they are below it: itself, or those of a mapping."""
+    value = section.__dict__[name]
+    if isinstance(value, dict) and all(isinstance(one, Section) for one in value.values()):
+        return {f"{name}.{key}": one for key, one in value.items()}
+    return {name: value} if isinstance(value, Section) else {}
 
 
 def keys_of(section: BaseModel, prefix: str = "") -> Iterator[str]:
     """Every key of a section, as `a.b.c`."""
     for name in type(section).model_fields:
-        value = section.__dict__[name]
-        if isinstance(value, Section):
-            yield from keys_of(value, f"{prefix}{name}.")
-        else:
+        for below, own in inner(section, name).items():
+            yield from keys_of(own, f"{prefix}{below}.")
+        if not inner(section, name):
             yield prefix + name
 
 
@@ -58,15 +65,14 @@ class Notes:
     def _walk(self, section: BaseModel, prefix: str) -> None:
         self.path[id(section)] = prefix
         for name in type(section).model_fields:
-            value = section.__dict__[name]
-            if isinstance(value, Section):
-                self._walk(value, f"{prefix}{name}.")
+            for below, own in inner(section, name).items():
+                self._walk(own, f"{prefix}{below}.")
 
     def note(self, section: Any, name: str) -> None:
         prefix = self.path.get(id(section))
         if prefix is None or name not in type(section).model_fields:
             return
-        if not isinstance(section.__dict__[name], Section):
+        if not inner(section, name):
             if not self.planning:
                 self.read.add(prefix + name)
             elif self.asked == "variant":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ziprc.config.base import Increasing, Optimisation, Section, Unit
 
 FeedbackKind = Literal["full", "no_rewards", "first_reward_only", "so_far", "answer"]
+Method = Literal["kl", "rft", "awr", "dpo", "grpo", "ppo"]
 FEEDBACK_KINDS: tuple[str, ...] = get_args(FeedbackKind)
 
 
@@ -37,9 +39,90 @@ class TrainCritic(Optimisation):
         1.0, ge=0, description="weight of a rollout's last two states together, in weights of all its states"
     )
     max_length: int = Field(131072, ge=16, description="tokens of a pack; rollouts that do not fit are left out of it")
+    judged_prompts: int | None = Field(
+        None, ge=1, description="test prompts on which `evaluate` judges it, the first ones; null: all"
+    )
+
+
+class QValues(Section):
+    """Labels: what a training rollout's plausible next tokens are worth, state by state."""
+
+    min_p: float = Field(
+        0.05, gt=0, le=1, description="least probability of a candidate, as a share of the likeliest one's"
+    )
+    candidates: bool = Field(True, description="value every candidate; false: the tokens taken alone")
+    folds: int | None = Field(
+        None, ge=1, description="parts of the prompts that are labelled, the first ones; each needs a critic; null: all"
+    )
+    prompts: int | None = Field(None, ge=1, description="prompts that are labelled, the first ones; null: all")
+    min_correct_rate: Unit = Field(0.0, description="least share of right rollouts of a prompt that is labelled")
+    min_incorrect_rate: Unit = Field(0.0, description="least share of wrong rollouts of a prompt that is labelled")
+
+
+class Student(Optimisation):
+    """One policy that is made of labelled rollouts."""
+
+    method: Method = Field("kl", description="how: see ziprc/training/objectives/policy.py")
+    labels: Literal["critic", "trie", "none"] = Field(
+        "critic", description="whose labels: the critic's in context, the tree's of prefixes, or, for rft, none at all"
+    )
+    tilt: Literal["exp", "posterior", "soft", "soft_cost"] = Field(
+        "exp", description="kl: how a value weighs a candidate, see ziprc/joint/tilt.py"
+    )
+    eta: float = Field(0.1, gt=0, description="kl: score that is worth one nat; small: far from the reference")
+    price: float = Field(0.0, ge=0, description="kl with soft_cost: score that a token still to come costs")
+    direction: Literal["reverse", "forward"] = Field(
+        "reverse", description="kl: of the student from its target, or of the target from the student"
+    )
+    tail: bool = Field(True, description="kl: hold the mass outside of the candidates, too; false: free, as published")
+    beta: float = Field(0.1, gt=0, description="dpo: nats of the pair's log-ratio that are worth one unit of its logit")
+    temperature: float = Field(1.0, gt=0, description="awr: advantage that weighs e times as much")
+    weight_clip: float = Field(20.0, gt=0, description="awr: the highest weight")
+    clip_eps: float = Field(0.2, gt=0, description="grpo, ppo: how far a ratio may move before it gains nothing")
+    kl_coef: float = Field(0.0, ge=0, description="grpo: weight of the KL from the reference")
+    gae_lambda: Unit = Field(0.95, description="awr, ppo: 1: what came of it, 0: the next value alone")
+    normalize_advantages: bool = Field(True, description="ppo: to mean 0 and deviation 1, over all rollouts")
+    success_threshold: Unit = Field(0.5, description="rft: a score above it is a success")
+    epochs: float = Field(1.0, gt=0, description="passes over the rollouts (dpo: pairs)")
+    max_steps: int = Field(-1, ge=-1, description="most optimiser steps; -1: what the epochs take")
+    batch_size: int = Field(64, ge=1, description="rollouts (dpo: pairs) per optimiser step, over all devices")
+    max_length: int = Field(8192, ge=2, description="tokens at which inputs are cut")
+
+
+class TrainPolicy(Section):
+    """Policies without context, made of what the labels say. Each is sampled, graded and compared with the base."""
+
+    defaults: Student | None = Field(None, exclude=True, description="settings that lie beneath those of every student")
+    students: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Student] = Field(
+        {}, description="by name; its checkpoint is policy-<name>"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_defaults_beneath(cls, given: Any) -> Any:
+        """Every student on top of `defaults`."""
+        if not isinstance(given, Mapping) or not isinstance(given.get("defaults"), Mapping):
+            return given
+        own = given.get("students") or {}
+        if not isinstance(own, Mapping):
+            return given
+        beneath = {key: value for key, value in given["defaults"].items() if key in Student.model_fields}
+        students = {n: {**beneath, **(s or {})} if s is None or isinstance(s, Mapping) else s for n, s in own.items()}
+        return {**given, "students": students}
+
+    @model_validator(mode="after")
+    def _labels_suffice(self) -> TrainPolicy:
+        for name, own in self.students.items():
+            if own.labels == "none" and own.method != "rft":
+                raise ValueError(f"student {name}: {own.method} learns from labels, so labels cannot be none")
+            if own.labels == "trie" and own.tilt == "soft_cost" and own.method == "kl":
+                raise ValueError(f"student {name}: soft_cost needs the joint of a critic; the trie has none")
+        return self
 
 
 class ICLV(Section):
-    """ICL-V: a critic that learns in context from the graded rollouts of a prompt."""
+    """ICL-V: a critic that learns in context from the graded rollouts of a prompt, and policies made of what it says."""
 
     train_critic: TrainCritic = TrainCritic()
+    qvalues: QValues = QValues()
+    train_policy: TrainPolicy = TrainPolicy()

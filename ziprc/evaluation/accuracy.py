@@ -7,6 +7,9 @@ the score itself. "Within prompt" AUROC counts only pairs of a success and a fai
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -84,3 +87,18 @@ def length_metrics(
     totals = dict(zip(columns, sums, strict=True))
     left = quotient(totals["median_mae"], totals["constant_mae"])
     return {name: quotient(total, count) for name, total in totals.items()} | {"mae_gain": Estimate(1 - left.values)}
+
+
+def majority_scores(
+    group: NDArray[np.int64], answers: Sequence[str | None], score: NDArray[np.float64], prompts: int | None = None
+) -> NDArray[np.float64]:
+    """[P] score of the commonest answer of each of the `prompts`; tied answers share, no answer at all scores 0."""
+    votes: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for g, answer, s in zip(group.tolist(), answers, score.tolist(), strict=True):
+        if answer is not None:
+            votes[g][answer].append(s)
+    out = np.zeros(int(group.max()) + 1 if prompts is None else prompts)
+    for g, ballot in votes.items():
+        top = max(len(scores) for scores in ballot.values())
+        out[g] = np.mean([np.mean(scores) for scores in ballot.values() if len(scores) == top])
+    return out

@@ -24,6 +24,13 @@ PREDICTORS = {
     "alone": "critic without siblings",
 }
 
+CHOICES = {
+    "mean": "any of them, on average",
+    "majority": "the commonest answer",
+    "oracle": "a right one, where there is one",
+    "critic": "the highest value at the end, after {} graded siblings",
+}
+
 
 def findings(metrics: Record, judged: bool) -> Iterator[str]:
     """Missed gates where they are for this experiment, and rivals that the critic does not beat with all siblings read."""
@@ -47,8 +54,42 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
     lines = [figures.over_siblings("brier", f"Brier score at the {shown[0]}", curve, "start")]
     lines += [figures.over_siblings("within_prompt_auroc", f"AUROC within prompt, {m}", curve, m) for m in shown[1:]]
     known = {**metrics, "labels": PREDICTORS, "moments": list(MOMENTS), "judged": judged}
-    failures = list(findings(metrics, judged))
-    return [
-        Section("What the critic learns in context", "icl_v/curve.html", known | {"figures": lines}),
-        Section("ICL-V: what did not work, or cannot be told", "findings.html", {"findings": failures}),
+    failures = [*findings(metrics, judged), *policy_findings(metrics["policies"])]
+    counts = metrics["counts"]
+    chosen = [
+        (CHOICES[name.partition("/")[0]].format(name.partition("/")[2]), of) for name, of in metrics["choosing"].items()
     ]
+    samples = counts["rollouts"]["test"] / counts["prompts"]["test"]
+    found = [
+        Section("What the critic learns in context", "icl_v/curve.html", known | {"figures": lines}),
+        Section("The critic as a judge of answers", "icl_v/choosing.html", {"rows": chosen, "samples": samples}),
+    ]
+    if policies := metrics["policies"]:
+        asked = {"prompts": metrics["asked"], "samples": policies["base"]["rollouts"] / metrics["asked"]}
+        shown_as = {"policies": policy_rows(policies), "labels": metrics["labels"], "confidence": metrics["confidence"]}
+        found.append(Section("Policies made of the labels", "icl_v/policies.html", asked | shown_as))
+    return [*found, Section("ICL-V: what did not work, or cannot be told", "findings.html", {"findings": failures})]
+
+
+def policy_rows(policies: Record) -> dict[str, Record]:
+    """The rows of the table of policies, by what they are called; `rft` is the first student trained so."""
+    plain = next((name for name, record in policies.items() if record.get("method") == "rft"), None)
+    rows = {}
+    for name, record in policies.items():
+        gaps = record.get("difference", {})
+        between = {"base": gaps.get("base", {}).get("accuracy"), "rft": gaps.get(plain, {}).get("accuracy")}
+        missing = {"method": None, "labels": "", "kl": None, "rate": f"{record['learning_rate']:.2g}" if gaps else ""}
+        rows[name.removeprefix("policy-")] = {**missing, **record, **between}
+    return rows
+
+
+def policy_findings(policies: Record) -> Iterator[str]:
+    """Students that do not beat the base, and those of labels that do not beat fine-tuning on right responses."""
+    rows = policy_rows(policies)
+    learned = {name: row for name, row in rows.items() if row["base"]}
+    for rival, said in (("base", "the base"), ("rft", "fine-tuning on right responses (rft)")):
+        gaps = {name: side(row[rival]) for name, row in learned.items() if row[rival]}
+        if lost := [name for name, gap in gaps.items() if gap < 0]:
+            yield f"In accuracy {said} beats {', '.join(lost)}."
+        if tied := [name for name, gap in gaps.items() if gap == 0]:
+            yield f"In accuracy {', '.join(tied)} cannot be told from {said}."

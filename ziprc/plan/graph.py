@@ -106,7 +106,7 @@ def setting(config: Config, key: str) -> Any:
     """The value of `section.key` or of a whole section, JSON-like."""
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else _jsonlike(value)
 
 

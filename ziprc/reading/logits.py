@@ -1,13 +1,14 @@
 """Full-vocabulary quantities at every labelled state, never more than a chunk of logits at a time.
 
 Log-probability of the sampled token and entropy, for the honest baselines and, beside the joint and from the same
-forward pass, for adaptive samplers; the exact KL(reference ‖ model) outside the reserved slice for the drift. The slice
-never takes part in a softmax over tokens here, as it is masked when tokens are sampled; temperature is 1.
-Shapes: N labelled states of a batch, D hidden, V rows.
+forward pass, for adaptive samplers; every plausible token with its log-probability; the exact KL(reference ‖ model) outside
+the reserved slice for the drift. The slice never takes part in a softmax over tokens here, as it is masked when tokens are
+sampled; temperature is 1. Shapes: N labelled states of a batch, D hidden, V rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,46 @@ def read_everything(
     for batch, rows, *scores in token_scores(model, joint.layout.text_size, pairs, token_budget, chunk):
         for i, *found in zip(batch, joint_probabilities(rows, reserved), *scores, strict=True):
             yield i, Reading(*found)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of one rollout of m tokens: those of state t are offsets[t] … offsets[t + 1] − 1 of `ids`, ascending, with `log_prob`."""
+
+    offsets: NDArray[np.int64]  # [m + 1]
+    ids: NDArray[np.int64]
+    log_prob: NDArray[np.float32]
+
+    @property
+    def state(self) -> NDArray[np.int64]:
+        """The state of every candidate."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+
+@torch.inference_mode()
+def candidates(
+    model: PreTrainedModel, text_rows: int, pairs: Sequence[TokenPair], token_budget: int, chunk: int, min_p: float
+) -> list[Candidates]:
+    """Tokens at least `min_p` (inf: none) times as likely as the likeliest, and the one emitted, in the order of `pairs`."""
+    weight, found = model.get_output_embeddings().weight[:text_rows], {}
+    for batch, rows in labelled_states(model, pairs, token_budget):
+        emitted = torch.from_numpy(np.concatenate([pairs[i].response for i in batch]).astype(np.int64))
+        counts, ids, log_prob = [], [], []
+        for some, own in zip(torch.cat(rows).split(chunk), emitted.to(rows[0].device).split(chunk), strict=True):
+            log_probs = torch.log_softmax((some @ weight.T).float(), -1)
+            kept = log_probs >= log_probs.amax(-1, keepdim=True) + math.log(min_p)
+            kept.scatter_(-1, own[:, None], True)
+            counts.append(kept.sum(-1))
+            ids.append(kept.nonzero()[:, 1])
+            log_prob.append(log_probs[kept])
+        ends = np.cumsum(torch.cat(counts).cpu().numpy())
+        flat = torch.cat(ids).cpu().numpy(), torch.cat(log_prob).cpu().numpy()
+        states = np.cumsum([0, *(len(row) for row in rows)])
+        starts = np.concatenate([[0], ends])
+        for i, first, last in zip(batch, states[:-1], states[1:], strict=True):
+            a, b = starts[first], starts[last]
+            found[i] = Candidates(starts[first : last + 1] - a, *(of[a:b] for of in flat))
+    return [found[i] for i in range(len(pairs))]
 
 
 @torch.inference_mode()

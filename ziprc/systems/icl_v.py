@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.plan.stage import CHECKPOINT, Ref, Stage, System
-from ziprc.systems.shared import BASE, table
+from ziprc.plan.stage import CHECKPOINT, TABLE, Ref, Stage, System
+from ziprc.systems.shared import BASE, RolloutsOf, table
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,83 @@ def critics(config: Config) -> dict[str, CriticOf]:
     return {f"critic-fold{i}": CriticOf((i, folds)) for i in range(folds)} if folds > 1 else {"critic": CriticOf()}
 
 
+@dataclass(frozen=True)
+class LabelsOf:
+    """Whose tokens are valued, and by whom: the `critic` in context or the `trie`."""
+
+    rollouts: str
+    source: str
+
+
+LABELS = {"critic": "train", "trie": "train-trie"}  # name of the table, by source
+
+
+def labels(config: Config) -> dict[str, LabelsOf]:
+    return {name: LabelsOf("train", source) for source, name in LABELS.items()}
+
+
+def labelling(config: Config) -> dict[str, Ref]:
+    """The critics that are needed: of the folds that are labelled."""
+    folds = config.qvalues.folds
+    wanted = [name for name, of in critics(config).items() if folds is None or of.fold is None or of.fold[0] < folds]
+    return {name: Ref("train_critic", name) for name in wanted}
+
+
+def label_params(config: Config, of: LabelsOf) -> list[str]:
+    own = ["qvalues", "train_critic.folds"]
+    packs = [f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length")]
+    return own if of.source == "trie" else ["seed", *own, *packs]
+
+
+@dataclass(frozen=True)
+class PolicyOf:
+    """A student, by its name in the configuration, and the labels that it learns from (None: grades alone)."""
+
+    student: str
+    labels: Ref | None
+
+
+def policies(config: Config) -> dict[str, PolicyOf]:
+    return {
+        f"policy-{name}": PolicyOf(name, None if own.labels == "none" else Ref("qvalues", LABELS[own.labels]))
+        for name, own in config.train_policy.students.items()
+    }
+
+
+def policy_rollouts(config: Config) -> dict[str, RolloutsOf]:
+    """The test prompts, as every student answers them: as the base did, so often as is said for students."""
+    asked, counts = config.rollouts, ("student_samples", "test_thinking")
+    samples = ((asked.test_thinking, asked.student_samples),)
+    return {f"test-{name}": RolloutsOf("test", Ref("train_policy", name), samples, counts) for name in policies(config)}
+
+
 def evaluated(config: Config) -> dict[str, Ref]:
     """Test rollouts, and training grades for what is expected of a prompt before anything is known of it."""
     found = table("prompts", "test")
     for split in ("train", "test"):
         found |= table("rollouts", split) | table("grades", split)
-    return found | {name: Ref("train_critic", name) for name in critics(config)}
+    for name in policy_rollouts(config):
+        found |= table("rollouts", name) | table("grades", name)
+    for of in policies(config).values():
+        found |= table("qvalues", of.labels.name) if of.labels else {}
+    students = {name: Ref("train_policy", name) for name in policies(config)}
+    return found | labelling(config) | students | ({"base": BASE} if students else {})
 
 
 def evaluate_params(config: Config) -> list[str]:
     judged = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "ece_bins", "targets")]
-    return [*judged, *(f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length"))]
+    critic = [
+        f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length", "judged_prompts")
+    ]
+    names, said = config.train_policy.students, ("method", "labels", "learning_rate")
+    students = [f"train_policy.students.{name}.{key}" for name in names for key in said]
+    return [*judged, *critic, *students, *(["rollouts.student_samples"] if students else [])]
 
 
 def _params(config: Config, of: CriticOf) -> list[str]:
-    return [
-        "seed",
-        *(f"train_critic.{key}" for key in type(config.train_critic).model_fields if key != "folds" or of.fold),
-    ]
+    """Not where it is judged, and of the folds only whether it has one."""
+    apart = {"judged_prompts", *(() if of.fold else ("folds",))}
+    return ["seed", *(f"train_critic.{key}" for key in type(config.train_critic).model_fields if key not in apart)]
 
 
 def check_packs(config: Config) -> None:
@@ -59,22 +118,57 @@ def check_packs(config: Config) -> None:
         )
 
 
+def check_samples(config: Config) -> None:
+    """UserError where students are asked more often than the base that they are compared with."""
+    if (asked := config.rollouts).student_samples > asked.test_samples:
+        raise UserError(
+            f"rollouts.student_samples is {asked.student_samples}, but the base that students are compared with answers "
+            f"every test prompt {asked.test_samples} times (rollouts.test_samples). Lower the one or raise the other."
+        )
+
+
+def check_folds(config: Config) -> None:
+    """UserError where folds are to be labelled that there are no critics for."""
+    if (config.qvalues.folds or 1) > config.train_critic.folds:
+        raise UserError(
+            f"qvalues.folds is {config.qvalues.folds}, but train_critic.folds cuts the prompts into "
+            f"{config.train_critic.folds}. Lower the one or raise the other."
+        )
+
+
 STAGES = (
     Stage(
         "train_critic", "the critic in context {name}", CHECKPOINT, critics,
         reads=lambda c, v: {"base": BASE, "rollouts": Ref("rollouts", "train"), "grades": Ref("grades", "train")},
         params=_params, machine="big-gpu", check=check_packs, held_out=True,
     ),
+    Stage(
+        "train_policy", "the policy {name}", CHECKPOINT, policies,
+        reads=lambda c, v: {
+            "base": BASE, "rollouts": Ref("rollouts", "train"), "grades": Ref("grades", "train"),
+            **({"qvalues": v.labels} if v.labels else {}),
+        },
+        params=lambda c, v: ["seed", f"train_policy.students.{v.student}"], machine="big-gpu", check=check_samples,
+        held_out=True,
+    ),
+    Stage(
+        "qvalues", "what every plausible token is worth, {name}", TABLE, labels,
+        reads=lambda c, v: {
+            "base": BASE, "rollouts": Ref("rollouts", v.rollouts), "grades": Ref("grades", v.rollouts),
+            **(labelling(c) if v.source == "critic" else {}),
+        },
+        params=label_params, machine="gpu", check=check_folds,
+    ),
 )  # fmt: skip
 
 ICL_V = System(
     name="icl-v",
     stages=STAGES,
-    rollouts=lambda config: {},
+    rollouts=policy_rollouts,
     shows=lambda config: {"metrics/icl-v": Ref("evaluate", "icl-v")},
     evaluated=evaluated,
     evaluate_params=evaluate_params,
-    sections=("train_critic",),
+    sections=("train_critic", "qvalues", "train_policy"),
     evaluation="ziprc.evaluation.critic.record",
     page="ziprc.pages.icl_v",
 )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,26 +104,26 @@ class Turns:
         self.tokenizer = tokenizer
 
     def before_each(
-        self,
-        rollouts: Sequence[Graded],
-        packs: Sequence[Sequence[int]],
-        kind: str,
-        shown: Sequence[Sequence[float]] | None,
-    ) -> Iterator[NDArray[np.int32]]:
-        """For every rollout of every pack the ids before its response, from the response before it or from the start."""
+        self, rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], kind: str, shown: Sequence[Sequence[float]]
+    ) -> list[list[NDArray[np.int32]]]:
+        """For every rollout of every pack the ids before its response, from the response before it or from the start.
+
+        `shown` are the scores that the feedback states.
+        """
         texts, after = [], []
-        for number, pack in enumerate(packs):
-            scores = [rollouts[i].score for i in pack] if shown is None else shown[number]
+        for pack, scores in zip(packs, shown, strict=True):
             right = np.cumsum(np.asarray(scores) >= 0.5).tolist()
             said = [dataclasses.replace(rollouts[i], score=score) for i, score in zip(pack, scores, strict=True)]
             texts += [feedback_text(kind, said[n], n + 1, right[n]) for n in range(len(pack) - 1)]
             after += [rollouts[i].thinking for i in pack[1:]]
-        between = iter(self._between(texts, after))
+        between, found = iter(self._between(texts, after)), []
         for pack in packs:
-            yield rollouts[pack[0]].prompt
-            for i in pack[:-1]:
-                ids = next(between)
-                yield np.array(ids if rollouts[i].cut else ids[1:], np.int32)  # one that was not cut has its stop token
+            said = [next(between) for _ in pack[1:]]
+            ids = [
+                of if rollouts[i].cut else of[1:] for i, of in zip(pack, said, strict=False)
+            ]  # the stop token is there
+            found.append([rollouts[i].prompt for i in pack[:1]] + [np.array(of, np.int32) for of in ids])
+        return found
 
     def _between(self, texts: Sequence[str], thinking: Sequence[bool]) -> list[list[int]]:
         """For every feedback, the ids from the stop token to the header of the next response, which thinks or not."""
@@ -250,43 +250,77 @@ def by_prompt_of(rollouts: Sequence[Graded]) -> dict[str, list[int]]:
     return found
 
 
+def rotated_packs(rollouts: Sequence[Graded], size: int, seed: int) -> tuple[list[list[int]], list[int]]:
+    """Packs in which every rollout is among the last, with siblings before it, once; and how many are the last, of each.
+
+    The rollouts of a prompt stand in a circle, in an order drawn for it; packs of at most `size` begin at every half of a
+    pack, and their second halves are those that are valued. Prompts with one rollout have no pack.
+    """
+    packs, last = [], []
+    for prompt, own in by_prompt_of(rollouts).items():
+        n = len(own)
+        pack, step = min(size, n), max(1, min(size, n) // 2)
+        circle = np.random.default_rng(derived_seed("rotated packs", prompt, seed)).permutation(own).tolist() * 2
+        for start in range(0, n if n > 1 else 0, step):
+            targets = min(step, n - start)
+            end = start + pack - step + targets
+            packs.append(circle[end - pack : end])
+            last.append(targets)
+    return packs, last
+
+
+def fitted(
+    turns: Turns, rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], own: TrainCritic,
+    shown: Sequence[Sequence[float]],
+) -> tuple[list[list[int]], list[list[NDArray[np.int32]]]]:  # fmt: skip
+    """Packs without the first rollouts that `own.max_length` has no room for, and the ids before each that is left.
+
+    A rollout that does not even fit alone leaves an empty pack. The last ones are kept, as published: they have siblings.
+    """
+    kept, said = [list(pack) for pack in packs], [list(scores) for scores in shown]
+    before = turns.before_each(rollouts, kept, own.feedback, said)
+
+    def room(pack: Sequence[int], gaps: Sequence[NDArray[np.int32]]) -> int:
+        """How many of the last rollouts fit."""
+        tail = np.cumsum([len(rollouts[i].response) for i in reversed(pack)])
+        tail[1:] += np.cumsum([len(gap) for gap in reversed(gaps[1:])], dtype=np.int64)
+        return int((tail + len(gaps[0]) <= own.max_length).sum()) if pack else 0
+
+    while over := {n: fit for n, pack in enumerate(kept) if (fit := room(pack, before[n])) < len(pack)}:
+        for n, fit in over.items():
+            kept[n], said[n] = (of[len(of) - fit :] for of in (kept[n], said[n]))
+        again = turns.before_each(rollouts, [kept[n] for n in over], own.feedback, [said[n] for n in over])
+        for n, gaps in zip(over, again, strict=True):
+            before[n] = gaps
+    return kept, before
+
+
 def pack_data(
     rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, own: TrainCritic,
     grid: BinGrid, shown: Sequence[Sequence[float]] | None = None,
 ) -> PackData:  # fmt: skip
     """Packs of numbers in `rollouts`, in ids and with labels.
 
-    `shown` are other scores for the feedback than those of the rollouts, a control. Rollouts at the end of a pack that do
-    not fit into `max_length` are left out and counted. Raises UserError when not one pack holds two rollouts.
+    `shown` are other scores for the feedback than those of the rollouts, a control. Rollouts at the start of a pack that
+    do not fit into `max_length` are left out and counted. Raises UserError when not one pack holds two rollouts.
     """
-    before = Turns(tokenizer).before_each(rollouts, packs, own.feedback, shown)
-    tokens: list[NDArray[np.int32]] = []
-    members, first, sizes, counts, left_out, end = [], [], [], [], 0, 0
-    for pack in packs:
-        start, held = end, 0
-        for n, (i, gap) in enumerate(zip(pack, before, strict=False)):  # as many of `before` as the pack is long
-            length = len(gap) + len(rollouts[i].response)
-            if held < n or end - start + length > own.max_length:
-                left_out += 1
-                continue
-            tokens += [gap, rollouts[i].response]
-            members.append(i)
-            first.append(end + len(gap) - 1)
-            end, held = end + length, held + 1
-        if held:
-            sizes.append(end - start)
-            counts.append(held)
-    if max(counts, default=0) < 2:
+    said = [[rollouts[i].score for i in pack] for pack in packs] if shown is None else shown
+    kept, before = fitted(Turns(tokenizer), rollouts, packs, own, said)
+    left_out = sum(map(len, packs)) - sum(map(len, kept))
+    if max(map(len, kept), default=0) < 2:
         raise UserError(
             f"Not one of {len(packs)} packs holds two rollouts of a prompt ({left_out} rollouts did not fit into "
             f"train_critic.max_length={own.max_length}). Raise rollouts.thinking_samples, or max_length."
         )
-    kept = [rollouts[i] for i in members]
-    offsets, segments = np.cumsum([0, *sizes]), np.cumsum([0, *counts])
+    members = [i for pack in kept for i in pack]
+    gaps, responses = [gap for of in before for gap in of], [rollouts[i].response for i in members]
+    lengths, sizes = np.array(list(map(len, responses))), np.array(list(map(len, gaps)))
+    ends, segments = np.cumsum(sizes + lengths), np.cumsum([0, *(len(pack) for pack in kept if pack)])
     leaders = [rollouts[members[i]].rollout_id for i in segments[:-1]]
     return PackData(
-        names=[*leaders, *leaders], tokens=np.concatenate(tokens), offsets=offsets, segments=segments,
-        members=np.array(members), first=np.array(first), lengths=np.array([len(r.response) for r in kept]),
-        reward_bin=grid.reward_bin([r.score for r in kept]), censored=np.array([r.cut for r in kept]),
+        names=[*leaders, *leaders], tokens=np.concatenate([ids for pair in zip(gaps, responses, strict=True) for ids in pair]),
+        offsets=np.concatenate([[0], ends])[segments], segments=segments,
+        members=np.array(members), first=ends - lengths - 1, lengths=lengths,
+        reward_bin=grid.reward_bin([rollouts[i].score for i in members]), censored=np.array([rollouts[i].cut for i in members]),
         grid=grid, end_weight=own.end_weight, left_out=left_out,
     )  # fmt: skip

@@ -16,13 +16,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ziprc.config.icl_v import Student
 from ziprc.config.zip_rc import Head
 from ziprc.joint.head import JointHead
 from ziprc.training.objectives.base import Loss
-from ziprc.training.objectives.joint import JointLabels, JointObjective, KLForm, Reference
+from ziprc.training.objectives.joint import JointLabels, JointObjective, KLForm, Reference, working
 from ziprc.training.objectives.language import language_loss
+from ziprc.training.objectives.policy import METHODS, PolicyBundle
 
 Batch = Mapping[str, Tensor]
 
@@ -111,6 +114,36 @@ class SliceHead(Trainee):
     def merged(self) -> PreTrainedModel:
         output_weight(self.model)[self.objective.rows] = self.slice_weight
         return self.model
+
+
+class PolicyTrainee(Trainee):
+    """Every parameter, one of the objectives of a policy; log-probabilities are over the first `text` rows."""
+
+    def __init__(self, model: PreTrainedModel, own: Student, text: int, chunk: int) -> None:
+        super().__init__(model)
+        self.own, self.text, self.chunk = own, text, chunk
+
+    def loss(self, batch: Batch) -> Loss:
+        states, weight = labelled(self.model, batch), output_weight(self.model)[: self.text]
+        with torch.autocast(states.device.type, enabled=False):
+            log_prob = text_log_probs(states, weight, batch["ids"], batch.get("state"), self.chunk)
+            known = {name: batch.get(name) for name in ("reference", "advantage", "row", "state", "target", "tail")}
+            return METHODS[self.own.method](PolicyBundle(log_prob, rows=len(batch["input_ids"]), **known), self.own)
+
+
+def text_log_probs(states: Tensor, weight: Tensor, ids: Tensor, state: Tensor | None, chunk: int) -> Tensor:
+    """[N] log-probabilities over the rows of `weight` [V, D] of tokens `ids` [N] at states [P, D]: of state n, or `state[n]`.
+
+    Only the wanted logits are kept; those of a chunk of states are formed for the normaliser, and again for its gradient.
+    """
+    h, w = working(states), working(weight)
+
+    def normaliser(some: Tensor, rows: Tensor) -> Tensor:
+        return (some @ rows.T).logsumexp(-1)
+
+    over = [checkpoint(normaliser, some, w, use_reentrant=False) for some in h.split(chunk)]
+    at = (h, torch.cat(over)) if state is None else (h[state], torch.cat(over)[state])
+    return torch.linalg.vecdot(at[0], w[ids]) - at[1]
 
 
 def labels_of(batch: Batch) -> JointLabels:

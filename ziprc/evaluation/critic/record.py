@@ -4,6 +4,8 @@
     curve       {predictor: {moment: {siblings: {auroc, within_prompt_auroc, brier, log_loss, ece}}}}
     difference  {rival: {moment: {siblings: {…}}}}     critic minus rival on the same rollouts and siblings, paired
     joint_nll   {siblings: nats a state}               of the joint, mean over states, then over rollouts
+    choosing    {how: accuracy}                        one answer a prompt, of the valued rollouts
+    policies, labels                                   see students.py
     headline    [{name, target, direction, result, met}]
 
 The first k − 1 rollouts of a test prompt are siblings; all the others are valued, each after none, some and all of these.
@@ -27,8 +29,9 @@ from ziprc.config.load import Config
 from ziprc.config.shared import Evaluate
 from ziprc.errors import UserError
 from ziprc.evaluation import accuracy, calibration
-from ziprc.evaluation.bootstrap import Estimate, Resampling, target_record
+from ziprc.evaluation.bootstrap import Estimate, Resampling, quotient, target_record
 from ziprc.evaluation.critic.siblings import Prior, answer_lookup, sibling_mean, trie_values
+from ziprc.evaluation.critic.students import students_record
 from ziprc.evaluation.outcomes import MOMENTS
 from ziprc.joint.distribution import JointDistribution
 from ziprc.joint.readout import batches_by_tokens, slice_weight
@@ -39,7 +42,16 @@ from ziprc.store.digests import derived_seed
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.training.objectives.joint import state_losses
-from ziprc.training.packs import Graded, PackData, graded_rollouts, pack_data, pack_kind, packs_to_judge, require_kind
+from ziprc.training.packs import (
+    Graded,
+    PackData,
+    by_prompt_of,
+    graded_rollouts,
+    pack_data,
+    pack_kind,
+    packs_to_judge,
+    require_kind,
+)
 from ziprc.training.trainees import labelled, labels_of
 
 SHARES = np.array(list(MOMENTS.values()))
@@ -129,6 +141,29 @@ def compare(boot: Resampling, said: Mapping[int, Said], truth: NDArray[np.float6
     return curve, gaps
 
 
+def chosen(
+    boot: Resampling, said: Mapping[int, Said], targets: Sequence[Graded], confidence: float
+) -> dict[str, Mapping[str, float | None]]:
+    """Accuracy when one of the valued rollouts of a prompt is answered with: any, the commonest answer, the highest value.
+
+    `critic/0` has read no sibling, so it could choose at test time; with siblings their true scores help it (an oracle).
+    """
+    score, prompts = np.array([target.score for target in targets]), boot.prompts
+    samples = np.bincount(boot.group, minlength=prompts)
+    found = {
+        "mean": np.bincount(boot.group, score, prompts) / samples,
+        "majority": accuracy.majority_scores(boot.group, [target.answer or None for target in targets], score),
+        "oracle": (np.bincount(boot.group, score >= accuracy.SUCCESS, prompts) > 0).astype(float),
+    }
+    for k in (min(said), max(said)):
+        value = said[k]["critic"][:, -1]
+        order = np.lexsort((-value, boot.group))
+        found[f"critic/{k}"] = score[order[np.searchsorted(boot.group[order], np.arange(prompts))]]
+    return {
+        name: quotient(*boot.prompt_totals(of, np.ones(prompts))).interval(confidence) for name, of in found.items()
+    }
+
+
 def open_critics(config: Config, reads: Mapping[str, Path]) -> tuple[list[JointReader], PreTrainedTokenizerBase]:
     """The critics, which have to be of the packs that this configuration makes, and their tokenizer."""
     folders = [reads[name] for name in sorted(reads) if name.startswith("critic")]
@@ -147,6 +182,8 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
         for split in ("train", "test") for grades in [reads[f"grades/{split}"]]
     )  # fmt: skip
     shown = sorted({k for k in (0, 1, 3, 7, 15, 31, size - 1) if k < size})
+    asked = set(list(by_prompt_of(rollouts))[: critic.judged_prompts])
+    rollouts = [r for r in rollouts if r.prompt_id in asked]
     packs, fewer = packs_to_judge(rollouts, size, shown)
     if not packs:
         raise UserError(
@@ -175,13 +212,14 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
     record = {
         "confidence": own.confidence, "replicates": own.bootstrap, "pack_rollouts": size, "feedback": critic.feedback,
         "prior": {"mean": prior.mean, "strength": prior.strength}, "curve": curve, "difference": gaps,
+        "choosing": chosen(boot, said, targets, own.confidence),
         "joint_nll": {str(k): float(nats[siblings == k].mean()) for k in shown},
         "counts": {
             "prompts": {"test": boot.prompts, "with_fewer_rollouts": fewer},
             "rollouts": {"test": len(targets), "ungraded": ungraded}, "packs": len(data), "critics": len(readers),
         },
     }  # fmt: skip
-    return record | {"headline": headline(record)}
+    return record | students_record(config, reads) | {"headline": headline(record)}
 
 
 def headline(found: Mapping[str, Any]) -> list[dict[str, Any]]:

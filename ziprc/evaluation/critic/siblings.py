@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import betabinom
 
+from ziprc.reading.logits import Candidates
 from ziprc.training.packs import Graded
 
 UNSEEN = 0.02  # chance of an answer that no sibling gave, where a right one is known
@@ -70,6 +71,25 @@ def trie_values(target: Graded, siblings: Sequence[Graded], prior: Prior) -> NDA
         values[t] = (scores[there].sum() + TRIE_STRENGTH * values[t - 1]) / (there.sum() + TRIE_STRENGTH)
     values[int(shared.max(initial=0)) + 1 :] = values[int(shared.max(initial=0))]
     return values
+
+
+def trie_candidates(
+    target: Graded, siblings: Sequence[Graded], values: NDArray[np.float64], of: Candidates
+) -> NDArray[np.float64]:
+    """[n] expected score once each candidate stands there, of a target with the `values` [m + 1] that the tree gives it."""
+    state = of.state
+    q = values[state]  # where no sibling goes on so, nothing is learned: the parent's value
+    taken = of.ids == target.response[state]
+    q[taken] = values[state[taken] + 1]
+    gone: dict[tuple[int, int], list[float]] = {}
+    for sibling in siblings:
+        t = _common(target.response, sibling.response)
+        if t < min(len(target.response), len(sibling.response)):  # the state where it goes on otherwise
+            gone.setdefault((t, int(sibling.response[t])), []).append(sibling.score)
+    for (t, token), scores in gone.items():
+        at = np.flatnonzero((state == t) & (of.ids == token))
+        q[at] = (sum(scores) + TRIE_STRENGTH * values[t]) / (len(scores) + TRIE_STRENGTH)
+    return q
 
 
 def _common(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

@@ -7,33 +7,19 @@ adapt.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ziprc.evaluation.accuracy import majority_scores
 from ziprc.evaluation.bootstrap import Resampling, quotient, rounded
 from ziprc.evaluation.outcomes import Outcomes
 
 LENGTH_PERCENTILES = (5, 50, 95)
 MIN_STYLE_COUNT = 20  # rollouts of a style in a cell before it may be called the best
-
-
-def majority_scores(
-    group: NDArray[np.int64], answers: Sequence[str | None], score: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """[P] score of the commonest answer of each prompt; tied answers share, no answer at all scores 0."""
-    votes: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for g, answer, s in zip(group.tolist(), answers, score.tolist(), strict=True):
-        if answer is not None:
-            votes[g][answer].append(s)
-    out = np.zeros(int(group.max()) + 1)
-    for g, ballot in votes.items():
-        top = max(len(scores) for scores in ballot.values())
-        out[g] = np.mean([np.mean(scores) for scores in ballot.values() if len(scores) == top])
-    return out
 
 
 def describe_base(
