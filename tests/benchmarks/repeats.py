@@ -1,6 +1,6 @@
 """Can a base look back? Nats a token of held-out repeated segments, where chance is the log of the tokens that there are.
 
-python -m tests.benchmarks.repeats results/smoke/checkpoints/base
+python -m tests.benchmarks.repeats smoke
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +16,7 @@ from ziprc.errors import UserError
 from ziprc.integrations.wide import export_wide, import_wide
 from ziprc.store.layout import Layout, manifest_of
 from ziprc.tables.grades import GRADES
+from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
 
@@ -26,6 +29,64 @@ def layout(tmp_path: Path) -> Layout:
     rows = [{"rollout_id": r, "critic": "c", "fold": 0, "value": i / len(ids)} for i, r in enumerate(ids)]
     VALUES.write(layout.table("values", "train"), VALUES.make(rows))
     return layout
+
+
+@pytest.fixture
+def labelled(layout: Layout, tmp_path: Path) -> Path:
+    """A wide file with labels of all but the last rollout."""
+    rng, rows = np.random.default_rng(0), []
+    for rollout in ROLLOUTS.read(layout.table("rollouts", "train")).to_pylist()[:-1]:
+        states = [sorted({token, 300}) for token in rollout["response_token_ids"]]
+        offsets = np.cumsum([0, *map(len, states)])
+        q = rng.random(offsets[-1]).astype(np.float32)
+        taken = [q[a + ids.index(t)] for a, ids, t in zip(offsets, states, rollout["response_token_ids"], strict=False)]
+        rows.append(
+            {"rollout_id": rollout["rollout_id"], "source": "critic", "siblings": 2, "offsets": offsets,
+             "ids": [i for ids in states for i in ids], "log_prob": np.full(len(q), -1.0), "q": q, "cells": [],
+             "values": [np.float32(q[: offsets[1]].mean()), *taken]}
+        )  # fmt: skip
+    QVALUES.write(layout.table("qvalues", "train"), QVALUES.make(rows))
+    assert export_wide(layout, "train", tmp_path / "labelled.parquet") == (14, 1)
+    return tmp_path / "labelled.parquet"
+
+
+def test_labels_go_out_in_the_columns_of_the_original_and_come_back(
+    layout: Layout, labelled: Path, tmp_path: Path
+) -> None:
+    types = {field.name: str(field.type) for field in pq.read_schema(labelled)}
+    assert types["candidate_ids"] == "list<element: list<element: int64>>"
+    assert types["candidate_q_values"] == types["candidate_ref_logprobs"] == "list<element: list<element: float>>"
+    first = pq.read_table(labelled).to_pylist()[0]
+    assert len(first["candidate_ids"]) == first["length"] and all(300 in ids for ids in first["candidate_ids"])
+    other = Layout(tmp_path, "other")
+    assert import_wide(labelled, other, "train") == 14
+    ours, theirs = (QVALUES.read(home.table("qvalues", "train")) for home in (layout, other))
+    for name in ("offsets", "ids", "log_prob", "q"):
+        assert ours[name].to_pylist() == theirs[name].to_pylist(), name
+    for mine, back in zip(ours["values"].to_pylist(), theirs["values"].to_pylist(), strict=True):
+        assert mine == pytest.approx(back, abs=1e-6)
+    assert theirs.schema.metadata[b"kind"] == b'"candidates"'
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "why"),
+    [
+        ("candidate_q_values", lambda own: own[:-1], "one list for every response token"),
+        ("candidate_ref_logprobs", lambda own: [[0.0] * len(of) for of in own], "zeros throughout are placeholders"),
+        (
+            "candidate_ids",
+            lambda own: [[301 + i for i in range(len(of))] for of in own],
+            "the token taken has to be among",
+        ),
+        ("candidate_ref_logprobs", lambda own: None, "one list for every response token"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(
+    labelled: Path, tmp_path: Path, column: str, change: Callable[[Any], Any], why: str
+) -> None:
+    changed(labelled, column, 1, change(pq.read_table(labelled)[column][1].as_py()))
+    with pytest.raises(UserError, match=rf"labelled\.parquet: column '{column}', row 1: .*{why}"):
+        import_wide(labelled, Layout(tmp_path, "other"), "train")
 
 
 @pytest.fixture

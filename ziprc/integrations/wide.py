@@ -1,14 +1,17 @@
-"""The wide table of the original ZIP-RC scripts: written from our tables, and read into them.
+"""The wide table of the original ZIP-RC and ICL-V scripts: written from our tables, and read into them.
 
 The original keeps one parquet file in which every stage adds a column; ours are narrow tables that join on
 `rollout_id`. Column names and dtypes are those of the original. What it cannot say is lost on the way out: scores
 between 0 and 1 (`correct` is score ≥ 0.5), seeds, and rollouts without a label (an unfinished one is `False`, as there):
-the original would train them as wrong.
+the original would train them as wrong. Of labels (`candidate_…`, a list a response token) it has no joint and no value before
+the first token: on the way in that is the mean of the first candidates under the reference.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +27,13 @@ from ziprc.store.layout import Layout
 from ziprc.store.manifest import write_manifest
 from ziprc.tables.grades import GRADES, GradeStatus, one_a_rollout
 from ziprc.tables.prompts import PROMPTS
+from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 from ziprc.tables.values import VALUES
 from ziprc.tasks.base import prompt_id
 
 TASK = "imported"
-SCHEMAS = {schema.name: schema for schema in (PROMPTS, ROLLOUTS, GRADES, VALUES)}
+SCHEMAS = {schema.name: schema for schema in (PROMPTS, ROLLOUTS, GRADES, VALUES, QVALUES)}
 
 WIDE = pa.schema(
     [
@@ -49,6 +53,11 @@ WIDE = pa.schema(
 )
 CORRECT = pa.field("correct", pa.bool_())
 VALUE = pa.field("value", pa.float64())
+CANDIDATES = {  # column of the original, by ours
+    "ids": pa.field("candidate_ids", pa.list_(pa.list_(pa.int64()))),
+    "q": pa.field("candidate_q_values", pa.list_(pa.list_(pa.float32()))),
+    "log_prob": pa.field("candidate_ref_logprobs", pa.list_(pa.list_(pa.float32()))),
+}
 DERIVED = {"input_ids", "label_positions", "length", "model_id"}  # may be absent from a file that is read
 
 Row = dict[str, Any]
@@ -74,6 +83,10 @@ def export_wide(layout: Layout, name: str, target: Path) -> tuple[int, int]:
             table = schema.read(path)
             one_a_rollout(table, str(path))
             labels[field] = {row["rollout_id"]: label(row) for row in table.to_pylist()}
+    if (path := layout.table("qvalues", name)).exists():
+        own = QVALUES.read(path).to_pylist()
+        for key, field in CANDIDATES.items():
+            labels[field] = {row["rollout_id"]: _by_state(row[key], row["offsets"]) for row in own}
     rows = [
         {**_wide_row(r, *prompts[r["prompt_id"]]), **{f.name: of.get(r["rollout_id"]) for f, of in labels.items()}}
         for r in rollouts
@@ -82,6 +95,10 @@ def export_wide(layout: Layout, name: str, target: Path) -> tuple[int, int]:
     with atomic_path(target) as private:
         pq.write_table(pa.Table.from_pylist(kept, schema=pa.schema([*WIDE, *labels])), private, compression="zstd")
     return len(kept), len(rows) - len(kept)
+
+
+def _by_state(values: list[Any], offsets: list[int]) -> list[list[Any]]:
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def _correct(grade: Row) -> bool | None:
@@ -122,7 +139,7 @@ def import_wide(source: Path, layout: Layout, name: str) -> int:
     """
     if name not in ("train", "test"):
         raise UserError(f"A wide table is imported as 'train' or 'test', found '{name}'.")
-    targets = {kind: layout.table(kind, name) for kind in ("prompts", "rollouts", "grades", "values")}
+    targets = {kind: layout.table(kind, name) for kind in SCHEMAS}
     for path in targets.values():
         if path.exists():
             raise UserError(f"{path} exists and tables are never edited. Import into a new experiment, or delete it.")
@@ -139,10 +156,16 @@ def import_wide(source: Path, layout: Layout, name: str) -> int:
             for i, row in zip(names, rows, strict=True)
             if row["value"] is not None
         ]
+    if any(row.get("candidate_ids") is not None for row in rows):
+        tables["qvalues"] = [
+            _labels_row(i, row) for i, row in zip(names, rows, strict=True) if row["candidate_ids"] is not None
+        ]
+    alone = all(len(of) == 1 for row in rows for of in row.get("candidate_ids") or ())
+    said = {"qvalues": {"kind": json.dumps("taken" if alone else "candidates")}}
     params, parents = {"imported": digest_file(source)}, {"prompts": [], "rollouts": ["prompts"]}
     for kind, content in tables.items():
         with output_lock(targets[kind]):
-            SCHEMAS[kind].write(targets[kind], SCHEMAS[kind].make(content))
+            SCHEMAS[kind].write(targets[kind], SCHEMAS[kind].make(content), said.get(kind))
             write_manifest(targets[kind], params, {p: targets[p] for p in parents.get(kind, ["rollouts"])})
     return len(rows)
 
@@ -186,6 +209,18 @@ def _grade_row(rollout_id: str, row: Row) -> Row:
     return {"rollout_id": rollout_id, "grader": TASK, "score": score, "status": status.value, **nothing}
 
 
+def _labels_row(rollout_id: str, row: Row) -> Row:
+    """Labels of one rollout; the value of a state is that of the token that led to it."""
+    found = {key: list(itertools.chain(*row[field.name])) for key, field in CANDIDATES.items()}
+    mass = [math.exp(of) for of in row["candidate_ref_logprobs"][0]]
+    start = sum(p * q for p, q in zip(mass, row["candidate_q_values"][0], strict=True)) / sum(mass)
+    steps = zip(row["output_token_ids"], row["candidate_ids"], row["candidate_q_values"], strict=True)
+    values = [start, *(q[ids.index(token)] for token, ids, q in steps)]
+    offsets = [0, *itertools.accumulate(map(len, row["candidate_ids"]))]
+    known = {"rollout_id": rollout_id, "source": TASK, "siblings": 0, "cells": []}
+    return {**known, **found, "offsets": offsets, "values": values}
+
+
 def _read_wide(source: Path) -> list[Row]:
     """The checked rows of a wide file."""
     if not source.exists():
@@ -194,7 +229,7 @@ def _read_wide(source: Path) -> list[Row]:
         table = pq.read_table(source)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{source} cannot be read as parquet ({error}).") from None
-    fields = [f for f in (*WIDE, CORRECT, VALUE) if f.name in table.column_names]
+    fields = [f for f in (*WIDE, CORRECT, VALUE, *CANDIDATES.values()) if f.name in table.column_names]
     for field in WIDE:
         if field.name not in table.column_names and field.name not in DERIVED:
             raise UserError(f"{source}: column '{field.name}' is missing (found: {', '.join(table.column_names)}).")
@@ -229,4 +264,23 @@ def _problem(row: Row) -> tuple[str, str] | None:
             return name, "does not agree with prompt_token_ids and output_token_ids"
     if (value := row.get("value")) is not None and not 0 <= value <= 1:
         return "value", f"found {value}, expected a number in [0, 1]"
+    if row.get("candidate_ids") is not None:
+        return _problem_of_labels(row)
+    return None
+
+
+def _problem_of_labels(row: Row) -> tuple[str, str] | None:
+    """Column and reason of the first thing that is wrong with a row's labels."""
+    after, ids = row["output_token_ids"], row["candidate_ids"]
+    for field in CANDIDATES.values():
+        own = row.get(field.name)
+        if own is None or [len(of) for of in own] != [len(of) for of in ids] or len(own) != len(after):
+            return field.name, "one list for every response token, as long as that of candidate_ids"
+    if any(token not in of for token, of in zip(after, ids, strict=True)):
+        return "candidate_ids", "the token taken has to be among the candidates of its state"
+    if all(p == 0 for of in row["candidate_ref_logprobs"] for p in of):
+        return "candidate_ref_logprobs", (
+            "zeros throughout are placeholders of the trajectory-only labeller, not log-probabilities; label the rollouts here "
+            "(qvalues.candidates=false keeps the tokens taken, with true ones)"
+        )
     return None
