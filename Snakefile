@@ -22,6 +22,7 @@
 #   samples        samples/{name}.parquet               prompts, frontier, train_joint, calibration
 #   train_critic   checkpoints/{name}/ziprc.json        base, rollouts, grades
 #   train_policy   checkpoints/{name}/ziprc.json        the configuration
+#   guided         guided/{name}.parquet                the configuration
 #   qvalues        qvalues/{name}.parquet               base, rollouts, grades, train_critic
 #   evaluate       metrics/{name}.json                  prompts, rollouts, grades, values, introspection, baselines, base, train_joint
 #   report         report.html                          evaluate, frontier, train_joint, introspection, rollouts, grades, prompts, samples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,25 @@ import pytest
 import torch
 
 from tests.doubles import World, tiny_checkpoint, tiny_tables
-from ziprc.config.icl_v import Student
+from ziprc.config.icl_v import Guide, Student
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.tilt import LEAST, Tilt, log_weight
-from ziprc.stages import evaluate, qvalues, report, train_critic, train_policy
+from ziprc.joint.tokenizer import load_tokenizer
+from ziprc.stages import evaluate, grades, guided, qvalues, report, train_critic, train_policy
+from ziprc.stages.guided import contexts, shown_scores
 from ziprc.store.files import read_json
 from ziprc.store.layout import Layout
-from ziprc.systems.icl_v import check_folds, check_samples
+from ziprc.systems.icl_v import check_folds, check_guides, check_samples
 from ziprc.tables.grades import GRADES
 from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS as ROLLOUT_TABLE
 from ziprc.training.data import prompt_fold
 from ziprc.training.labelled import LabelledData, labelled_data
 from ziprc.training.objectives.policy import METHODS, PolicyBundle
-from ziprc.training.packs import Graded, graded_rollouts
+from ziprc.training.packs import Graded, Turns, graded_rollouts, pack_data
 from ziprc.training.trainees import PolicyTrainee, text_log_probs
 
 GRID = BinGrid((0.0, 0.5, 1.0), (0, 8, 16))
@@ -335,6 +338,11 @@ SETTINGS = {
         "defaults": {"learning_rate": 1e-2, "batch_size": 8, "max_steps": 2, "epochs": 9},
         "students": {**{name: {"method": name} for name in METHOD_NAMES}, "trie": {"labels": "trie"}},
     },
+    "guided": {
+        "prompts": 3,
+        "samples": 2,
+        "modes": {"oracle": {"siblings": 2}, "vote": {"siblings": 2, "scores": "vote"}, "alone": {"siblings": 0}},
+    },
     "evaluate": {"bootstrap": 40},
 }
 
@@ -425,8 +433,17 @@ def test_students_are_compared_with_the_base_on_held_out_prompts(experiment: Wor
     for name in experiment.config.train_policy.students:
         train_policy.run(experiment.context("train_policy", f"policy-{name}"))
         tiny_tables(experiment.layout, f"test-policy-{name}", prompts=6, samples=4)
+    for mode in experiment.config.guided.modes:
+        guided.run(experiment.context("guided", f"test-guided-{mode}"))
+        grades.run(experiment.context("grades", f"test-guided-{mode}"))
     evaluate.run(experiment.context("evaluate", "icl-v"))
     found = read_json(experiment.layout.home / "metrics/icl-v.json")
+    assert {mode: of["oracle"] for mode, of in found["guided"].items()} == {
+        "oracle": True,
+        "vote": False,
+        "alone": False,
+    }
+    assert all(of["prompts"] == 3 and of["kl"]["value"] > 0 for of in found["guided"].values())
     policies = found["policies"]
     assert set(policies) == {"base", *(f"policy-{name}" for name in experiment.config.train_policy.students)}
     assert policies["base"]["rollouts"] == policies["policy-kl"]["rollouts"] == 24, (
@@ -443,8 +460,47 @@ def test_students_are_compared_with_the_base_on_held_out_prompts(experiment: Wor
     assert found["choosing"]["oracle"]["value"] >= found["choosing"]["mean"]["value"]
     report.run(experiment.context("report", "report"))
     text = (experiment.layout.home / "report.html").read_text()
-    for part in ("Policies made of the labels", "The critic as a judge of answers", "In accuracy", "spread of Q"):
+    for part in (
+        "Policies made of the labels",
+        "The critic as a judge of answers",
+        "In accuracy",
+        "spread of Q",
+        "oracle (oracle-assisted)",
+    ):
         assert part in text
+
+
+def test_what_the_critic_is_told_of_the_siblings() -> None:
+    siblings = [replace(ROLLOUTS[i], answer=answer) for i, answer in ((0, "3"), (1, "4"), (2, "4"), (1, ""))]
+    assert shown_scores(siblings, "true") == [1.0, 0.0, 0.0, 0.0]
+    assert shown_scores(siblings, "vote") == [0.0, 1.0, 1.0, 0.0]
+    assert shown_scores(siblings[3:], "vote") == [0.0], "no answer, no winner"
+
+
+def test_a_guide_reads_siblings_with_feedback_up_to_where_the_response_begins(experiment: World) -> None:
+    context = experiment.context("guided", "test-guided-oracle")
+    tables = (s.read(experiment.layout.table(s.name, "test")) for s in (ROLLOUT_TABLE, GRADES))
+    rollouts, _ = graded_rollouts(*tables, "grades")
+    tokenizer = load_tokenizer(experiment.layout.checkpoint("base"))
+    own = experiment.config.train_critic
+    for siblings in (0, 2):
+        (read,) = contexts(rollouts, [[0, 1, 2, 3]], Guide(siblings=siblings), context, Turns(tokenizer))
+        data = pack_data(rollouts, [[0, 1, 2, 3], [0, 1]], tokenizer, own, BinGrid((0.0, 1.0), tuple(own.length_edges)))
+        assert read.tolist() == data.tokens[: data.first[siblings] + 1].tolist()
+
+
+def test_modes_that_cannot_be_judged_or_read_are_refused() -> None:
+    few = SETTINGS | {"guided": {"samples": 5, "modes": {"exp": {"siblings": 2}}}}
+    with pytest.raises(
+        UserError, match=r"reads 2 test rollouts .* compared with 5 others, but rollouts.test_samples is 6"
+    ):
+        check_guides(Config.model_validate(few))
+    many = SETTINGS | {"guided": {"samples": 1, "modes": {"exp": {"siblings": 4}}}}
+    with pytest.raises(UserError, match=r"reads 4 siblings; the critic has been trained with at most 3"):
+        check_guides(Config.model_validate(many))
+    greedy = SETTINGS | {"rollouts": {**SETTINGS["rollouts"], "sampling": {"temperature": 0}}}
+    with pytest.raises(UserError, match="temperature must be above 0"):
+        check_guides(Config.model_validate(greedy))
 
 
 def test_students_asked_more_often_than_the_base_are_refused() -> None:

@@ -45,6 +45,7 @@ STAGES = {
     "samples": "zip-rc-plus-branching",
     "train_critic": "critic",
     "qvalues": "train",
+    "guided": "test-guided-exp",
     "train_policy": "policy-kl",
     "evaluate": "zip-rc",
     "report": "report",

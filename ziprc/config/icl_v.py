@@ -59,18 +59,30 @@ class QValues(Section):
     min_incorrect_rate: Unit = Field(0.0, description="least share of wrong rollouts of a prompt that is labelled")
 
 
-class Student(Optimisation):
-    """One policy that is made of labelled rollouts."""
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
-    method: Method = Field("kl", description="how: see ziprc/training/objectives/policy.py")
+
+class Tilted(Section):
+    """How values make a policy of the reference (ziprc/joint/tilt.py)."""
+
+    tilt: Literal["exp", "posterior", "soft", "soft_cost"] = Field(
+        "exp",
+        description="how a value weighs a candidate: e^(Q/eta), Q, what maximises the score, that of the whole joint",
+    )
+    eta: float = Field(0.1, gt=0, description="score that is worth one nat; small: far from the reference")
+    price: float = Field(0.0, ge=0, description="with soft_cost: score that a token still to come costs")
+
+
+class Student(Optimisation, Tilted):
+    """One policy that is made of labelled rollouts. The keys of the tilt are for kl."""
+
+    method: Method = Field(
+        "kl", description="towards the tilted reference; or likelihood of right responses (rft), of all by advantage (awr), "
+        "pairs (dpo), the clipped surrogate by score (grpo) or by advantage (ppo)"
+    )  # fmt: skip
     labels: Literal["critic", "trie", "none"] = Field(
         "critic", description="whose labels: the critic's in context, the tree's of prefixes, or, for rft, none at all"
     )
-    tilt: Literal["exp", "posterior", "soft", "soft_cost"] = Field(
-        "exp", description="kl: how a value weighs a candidate, see ziprc/joint/tilt.py"
-    )
-    eta: float = Field(0.1, gt=0, description="kl: score that is worth one nat; small: far from the reference")
-    price: float = Field(0.0, ge=0, description="kl with soft_cost: score that a token still to come costs")
     direction: Literal["reverse", "forward"] = Field(
         "reverse", description="kl: of the student from its target, or of the target from the student"
     )
@@ -93,9 +105,7 @@ class TrainPolicy(Section):
     """Policies without context, made of what the labels say. Each is sampled, graded and compared with the base."""
 
     defaults: Student | None = Field(None, exclude=True, description="settings that lie beneath those of every student")
-    students: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], Student] = Field(
-        {}, description="by name; its checkpoint is policy-<name>"
-    )
+    students: dict[Name, Student] = Field({}, description="by name; its checkpoint is policy-<name>")
 
     @model_validator(mode="before")
     @classmethod
@@ -120,9 +130,27 @@ class TrainPolicy(Section):
         return self
 
 
+class Guide(Tilted):
+    """One way to guide: what the critic has read, and how its values weigh."""
+
+    siblings: int = Field(7, ge=0, description="graded rollouts of the prompt that the critic has read")
+    scores: Literal["true", "vote"] = Field(
+        "true", description="theirs (oracle-assisted), or whether each gave their commonest answer, which needs no key"
+    )
+
+
+class Guided(Section):
+    """Decoding with reference and critic side by side, on test prompts."""
+
+    prompts: int | None = Field(100, ge=1, description="test prompts, the first ones; null: all")
+    samples: int = Field(8, ge=1, description="responses per prompt")
+    modes: dict[Name, Guide] = Field({}, description="by name; its responses are test-guided-<name>")
+
+
 class ICLV(Section):
     """ICL-V: a critic that learns in context from the graded rollouts of a prompt, and policies made of what it says."""
 
     train_critic: TrainCritic = TrainCritic()
     qvalues: QValues = QValues()
     train_policy: TrainPolicy = TrainPolicy()
+    guided: Guided = Guided()

@@ -54,7 +54,7 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
     lines = [figures.over_siblings("brier", f"Brier score at the {shown[0]}", curve, "start")]
     lines += [figures.over_siblings("within_prompt_auroc", f"AUROC within prompt, {m}", curve, m) for m in shown[1:]]
     known = {**metrics, "labels": PREDICTORS, "moments": list(MOMENTS), "judged": judged}
-    failures = [*findings(metrics, judged), *policy_findings(metrics["policies"])]
+    failures = [*findings(metrics, judged), *policy_findings(metrics["policies"]), *guided_findings(metrics["guided"])]
     counts = metrics["counts"]
     chosen = [
         (CHOICES[name.partition("/")[0]].format(name.partition("/")[2]), of) for name, of in metrics["choosing"].items()
@@ -68,6 +68,8 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
         asked = {"prompts": metrics["asked"], "samples": policies["base"]["rollouts"] / metrics["asked"]}
         shown_as = {"policies": policy_rows(policies), "labels": metrics["labels"], "confidence": metrics["confidence"]}
         found.append(Section("Policies made of the labels", "icl_v/policies.html", asked | shown_as))
+    if guided := metrics["guided"]:
+        found.append(Section("Guided decoding", "icl_v/guided.html", {"guided": guided}))
     return [*found, Section("ICL-V: what did not work, or cannot be told", "findings.html", {"findings": failures})]
 
 
@@ -93,3 +95,13 @@ def policy_findings(policies: Record) -> Iterator[str]:
             yield f"In accuracy {said} beats {', '.join(lost)}."
         if tied := [name for name, gap in gaps.items() if gap == 0]:
             yield f"In accuracy {', '.join(tied)} cannot be told from {said}."
+
+
+def guided_findings(guided: Record) -> Iterator[str]:
+    """Modes that gain nothing, or lose."""
+    for key, what in (("accuracy", "accuracy"), ("majority", "accuracy of the vote")):
+        gaps = {name: side(record["difference"][key]) for name, record in guided.items()}
+        if lost := [name for name, gap in gaps.items() if gap < 0]:
+            yield f"Guidance lowers the {what}: {', '.join(lost)}."
+        if tied := [name for name, gap in gaps.items() if gap == 0]:
+            yield f"Guidance cannot be told from none in {what}: {', '.join(tied)}."

@@ -73,6 +73,9 @@ class System:
     sections: tuple[str, ...]
     evaluation: str  # module with `metrics(config, reads)`
     page: str  # module with `sections(config, layout, reads)` for the report, and the QUESTION that they answer
+    graded: Callable[[Config], Mapping[str, Any]] = (
+        lambda config: {}
+    )  # what is graded besides rollouts, as variants of `grades`
     evaluate_uses: Callable[[Config], Iterable[str]] = lambda config: ()  # modules that it chooses by name
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.plan.stage import CHECKPOINT, TABLE, Ref, Stage, System
-from ziprc.systems.shared import BASE, RolloutsOf, table
+from ziprc.systems.shared import BASE, GradesOf, RolloutsOf, table
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,23 @@ def policy_rollouts(config: Config) -> dict[str, RolloutsOf]:
     return {f"test-{name}": RolloutsOf("test", Ref("train_policy", name), samples, counts) for name in policies(config)}
 
 
+@dataclass(frozen=True)
+class GuidedOf:
+    """A mode of guided decoding, and the critic that guides."""
+
+    mode: str
+    critic: Ref
+
+
+def guided(config: Config) -> dict[str, GuidedOf]:
+    critic = next(iter(labelling(config).values()))
+    return {f"test-guided-{mode}": GuidedOf(mode, critic) for mode in config.guided.modes}
+
+
+def guided_grades(config: Config) -> dict[str, GradesOf]:
+    return {name: GradesOf(Ref("guided", name), "test") for name in guided(config)}
+
+
 def evaluated(config: Config) -> dict[str, Ref]:
     """Test rollouts, and training grades for what is expected of a prompt before anything is known of it."""
     found = table("prompts", "test")
@@ -80,6 +97,8 @@ def evaluated(config: Config) -> dict[str, Ref]:
         found |= table("rollouts", split) | table("grades", split)
     for name in policy_rollouts(config):
         found |= table("rollouts", name) | table("grades", name)
+    for name in guided(config):
+        found |= table("guided", name) | table("grades", name)
     for of in policies(config).values():
         found |= table("qvalues", of.labels.name) if of.labels else {}
     students = {name: Ref("train_policy", name) for name in policies(config)}
@@ -93,7 +112,11 @@ def evaluate_params(config: Config) -> list[str]:
     ]
     names, said = config.train_policy.students, ("method", "labels", "learning_rate")
     students = [f"train_policy.students.{name}.{key}" for name in names for key in said]
-    return [*judged, *critic, *students, *(["rollouts.student_samples"] if students else [])]
+    guides = [f"guided.modes.{name}.{key}" for name in config.guided.modes for key in ("siblings", "scores")]
+    return [
+        *judged, *critic, *students, *(["rollouts.student_samples"] if students else []),
+        *guides, *(["guided.samples"] if guides else []),
+    ]  # fmt: skip
 
 
 def _params(config: Config, of: CriticOf) -> list[str]:
@@ -136,6 +159,24 @@ def check_folds(config: Config) -> None:
         )
 
 
+def check_guides(config: Config) -> None:
+    """UserError where there are too few test rollouts to read, and to compare with, or where nothing is drawn."""
+    own, asked = config.guided, config.rollouts
+    for name, guide in own.modes.items():
+        if guide.siblings + own.samples > asked.test_samples:
+            raise UserError(
+                f"guided.modes.{name} reads {guide.siblings} test rollouts of a prompt and is compared with {own.samples} "
+                f"others, but rollouts.test_samples is {asked.test_samples}. Raise it, or lower `siblings` or guided.samples."
+            )
+        if guide.siblings >= config.train_critic.pack_rollouts:
+            raise UserError(
+                f"guided.modes.{name} reads {guide.siblings} siblings; the critic has been trained with at most "
+                f"{config.train_critic.pack_rollouts - 1} (train_critic.pack_rollouts), and knows less with more than without."
+            )
+    if own.modes and asked.sampling.temperature == 0:
+        raise UserError("Guided decoding draws tokens, so rollouts.sampling.temperature must be above 0.")
+
+
 STAGES = (
     Stage(
         "train_critic", "the critic in context {name}", CHECKPOINT, critics,
@@ -152,6 +193,17 @@ STAGES = (
         held_out=True,
     ),
     Stage(
+        "guided", "test prompts answered under guidance, {name}", TABLE, guided,
+        reads=lambda c, v: {
+            "base": BASE, "rollouts": Ref("rollouts", "test"), "grades": Ref("grades", "test"), "critic": v.critic
+        },
+        params=lambda c, v: [
+            "seed", *(f"rollouts.{key}" for key in ("sampling", "max_new_tokens")), "guided.prompts", "guided.samples",
+            f"guided.modes.{v.mode}", *(f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "max_length")),
+        ],
+        machine="gpu", check=check_guides,
+    ),
+    Stage(
         "qvalues", "what every plausible token is worth, {name}", TABLE, labels,
         reads=lambda c, v: {
             "base": BASE, "rollouts": Ref("rollouts", v.rollouts), "grades": Ref("grades", v.rollouts),
@@ -165,10 +217,11 @@ ICL_V = System(
     name="icl-v",
     stages=STAGES,
     rollouts=policy_rollouts,
+    graded=guided_grades,
     shows=lambda config: {"metrics/icl-v": Ref("evaluate", "icl-v")},
     evaluated=evaluated,
     evaluate_params=evaluate_params,
-    sections=("train_critic", "qvalues", "train_policy"),
+    sections=("train_critic", "qvalues", "train_policy", "guided"),
     evaluation="ziprc.evaluation.critic.record",
     page="ziprc.pages.icl_v",
 )

@@ -40,7 +40,7 @@ class RolloutsOf:
 class GradesOf:
     """The responses that are graded, and whose prompts they answer."""
 
-    rollouts: str
+    rollouts: Ref
     prompts: str
 
 
@@ -108,7 +108,10 @@ def responses(systems: Sequence[System]) -> tuple[Stage[Any], ...]:
         return found
 
     def grades(config: Config) -> Mapping[str, GradesOf]:
-        return {name: GradesOf(name, v.prompts) for name, v in rollouts(config).items()}
+        found = {name: GradesOf(Ref("rollouts", name), v.prompts) for name, v in rollouts(config).items()}
+        for system in of_experiment(systems, config):
+            found |= system.graded(config)
+        return found
 
     return (
         Stage(
@@ -130,7 +133,7 @@ def responses(systems: Sequence[System]) -> tuple[Stage[Any], ...]:
         ),
         Stage(
             "grades", "is the answer right? {name}", TABLE, grades,
-            reads=lambda c, v: {"rollouts": Ref("rollouts", v.rollouts), "prompts": Ref("prompts", v.prompts)},
+            reads=lambda c, v: {"rollouts": v.rollouts, "prompts": Ref("prompts", v.prompts)},
             params=lambda c, v: grading_keys(c),
             machine=lambda c: "gpu" if c.grades.judge else "cpu",
             uses=lambda c, v: grader_modules(c), check=check_grades,

@@ -5,7 +5,7 @@
     difference  {rival: {moment: {siblings: {…}}}}     critic minus rival on the same rollouts and siblings, paired
     joint_nll   {siblings: nats a state}               of the joint, mean over states, then over rollouts
     choosing    {how: accuracy}                        one answer a prompt, of the valued rollouts
-    policies, labels                                   see students.py
+    policies, labels · guided                          see students.py · guidance.py
     headline    [{name, target, direction, result, met}]
 
 The first k − 1 rollouts of a test prompt are siblings; all the others are valued, each after none, some and all of these.
@@ -30,6 +30,7 @@ from ziprc.config.shared import Evaluate
 from ziprc.errors import UserError
 from ziprc.evaluation import accuracy, calibration
 from ziprc.evaluation.bootstrap import Estimate, Resampling, quotient, target_record
+from ziprc.evaluation.critic.guidance import guided_record
 from ziprc.evaluation.critic.siblings import Prior, answer_lookup, sibling_mean, trie_values
 from ziprc.evaluation.critic.students import students_record
 from ziprc.evaluation.outcomes import MOMENTS
@@ -219,7 +220,7 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
             "rollouts": {"test": len(targets), "ungraded": ungraded}, "packs": len(data), "critics": len(readers),
         },
     }  # fmt: skip
-    return record | students_record(config, reads) | {"headline": headline(record)}
+    return record | students_record(config, reads) | guided_record(config, reads) | {"headline": headline(record)}
 
 
 def headline(found: Mapping[str, Any]) -> list[dict[str, Any]]:
