@@ -71,6 +71,10 @@ def inspect(options: argparse.Namespace) -> str:
 
         chosen = (home, options.tree, options.policy, options.budget)
         return tree_text(*chosen) if options.text else f"inspect: wrote {tree_html(*chosen)}; open it in a browser"
+    if options.labels is not None:
+        from ziprc.pages.labels import labels_html
+
+        return f"inspect: wrote {labels_html(home, options.labels, options.count or 8)}; open it in a browser"
     table = home / "introspection" / f"{options.checkpoint}.parquet"
     if not table.exists():
         raise UserError(f"{table} does not exist, so there is nothing to look at. Build it first: `make {table}`.")
@@ -228,6 +232,11 @@ def _add_results(command: Command) -> None:
     add = command("inspect", inspect, "look at rollouts, token by token", "results/smoke --text").add_argument
     add("home", type=Path, help=home)
     add("--checkpoint", default="ziprc", help="whose expectations, as in introspection/<checkpoint>.parquet")
+    add(
+        "--labels",
+        metavar="NAME",
+        help="tokens coloured by their value, with their rivals, as in qvalues/<NAME>.parquet",
+    )
     add("--count", type=int, help="rollouts shown")
     add("--text", action="store_true", help="print in the terminal")
     add("--tree", metavar="PROMPT_ID", help="draw the branches of one prompt instead; auto: one that shows much")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from tests.doubles import World, tiny_checkpoint, tiny_tables
 from ziprc.config.icl_v import Guide, Student
@@ -20,6 +21,7 @@ from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.tilt import LEAST, Tilt, log_weight
 from ziprc.joint.tokenizer import load_tokenizer
+from ziprc.pages.labels import labels_html
 from ziprc.stages import evaluate, grades, guided, qvalues, report, train_critic, train_policy
 from ziprc.stages.guided import contexts, shown_scores
 from ziprc.store.files import read_json
@@ -501,6 +503,29 @@ def test_modes_that_cannot_be_judged_or_read_are_refused() -> None:
     greedy = SETTINGS | {"rollouts": {**SETTINGS["rollouts"], "sampling": {"temperature": 0}}}
     with pytest.raises(UserError, match="temperature must be above 0"):
         check_guides(Config.model_validate(greedy))
+
+
+def test_the_page_of_labels_shows_values_and_rivals_and_is_no_code(
+    experiment: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = labels_html(experiment.layout.home, "train", 4)
+    assert page.name == "inspect-labels-train.html"
+    data = json.loads(page.read_text().partition('type="application/json">')[2].partition("</script>")[0])
+    assert [of["verdict"] for of in data["rollouts"]] == ["right", "wrong"] * 2
+    table = {row["rollout_id"]: row for row in QVALUES.read(experiment.layout.table("qvalues", "train")).to_pylist()}
+    for shown in data["rollouts"]:
+        own = table[shown["id"]]
+        assert shown["start"] == pytest.approx(own["values"][0], abs=1e-3)
+        assert len(shown["expected"]) == len(shown["tokens"]) == len(shown["candidates"]) == shown["length"]
+        for t, rivals in enumerate(shown["candidates"]):
+            (taken,) = [of for of in rivals if of[3]]
+            assert taken[0] == shown["tokens"][t] and taken[2] == pytest.approx(shown["expected"][t], abs=2e-3)
+            assert [of[2] for of in rivals] == sorted((of[2] for of in rivals), reverse=True)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda *arguments: "</script><b>")
+    text = labels_html(experiment.layout.home, "train", 4).read_text()
+    assert "<b>" not in text and text.count("</script>") == 2
+    with pytest.raises(UserError, match=r"qvalues/trian.parquet does not exist \(did you mean 'train'\?\)"):
+        labels_html(experiment.layout.home, "trian")
 
 
 def test_students_asked_more_often_than_the_base_are_refused() -> None:

@@ -52,7 +52,7 @@ def test_a_value_that_is_missing_is_an_error_and_no_gap():
 
 
 def test_data_of_a_script_cannot_end_it():
-    page = fill("inspect.html", title="</title>", data={"x": "</script><b>&'\u2028"})
+    page = fill("inspect.html", note="", title="</title>", data={"x": "</script><b>&'\u2028"})
     assert page.count("</script>") == 2 and "<b>" not in page and "</title></title>" not in page
 
 

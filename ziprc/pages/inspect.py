@@ -31,6 +31,10 @@ from ziprc.tables.grades import GRADES
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS
 
+NOTE = (
+    "Each token is coloured by the expected score just before it was sampled. Point at a token, or move with the arrow keys, to "
+    "see the joint distribution over final score and remaining tokens."
+)
 MAX_TOKENS = 1500  # shown of one rollout: a page with every joint of a 30,000-token response helps nobody
 
 
@@ -126,7 +130,7 @@ def inspect_html(home: Path, checkpoint: str = "ziprc", count: int = 8) -> Path:
     rewards = [f"{c:.2f}" for c in grid.reward_centres]
     data = {"rewards": rewards, "lengths": length_labels(grid), "rollouts": records}
     target = home / ("inspect.html" if checkpoint == "ziprc" else f"inspect-{checkpoint}.html")
-    write_text(target, fill("inspect.html", title=f"{layout.experiment} · {checkpoint}", data=data))
+    write_text(target, fill("inspect.html", title=f"{layout.experiment} · {checkpoint}", note=NOTE, data=data))
     return target
 
 

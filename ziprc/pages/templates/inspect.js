@@ -1,5 +1,5 @@
 "use strict";
-// Tokens in the colour of the expected score, and the joint behind the token under the pointer. Model text only ever becomes `textContent`.
+// Tokens in the colour of the expected score, and behind the token under the pointer the joint, or its rivals. Model text only ever becomes `textContent`.
 const data=JSON.parse(document.getElementById("data").textContent);
 const main=document.querySelector("main"),head=document.getElementById("head"),table=document.querySelector("#panel table");
 const stops=[[239,122,92],[246,224,150],[118,184,232]];
@@ -7,8 +7,17 @@ const colour=x=>{const s=Math.min(Math.max(x,0),1)*2,i=Math.min(Math.floor(s),1)
   return "rgb("+stops[i].map((a,k)=>Math.round(a+(stops[i+1][k]-a)*f)).join(",")+")"};
 const make=(tag,text,name)=>{const e=document.createElement(tag);if(text!==undefined)e.textContent=text;if(name)e.className=name;return e};
 let on=null;
+function rivals(r,t){
+  const before=t?r.expected[t-1]:r.start;
+  head.textContent=`token ${t+1} of ${r.length} · expected score ${before.toFixed(3)} before it, ${r.expected[t].toFixed(3)} behind it`;
+  const top=make("tr");["token","reference","worth"].forEach(name=>top.append(make("th",name)));table.replaceChildren(top);
+  for(const [text,p,q,taken] of r.candidates[t]){const row=make("tr");
+    row.append(make("th",(taken?"★ ":"")+JSON.stringify(text)),make("td",(100*p).toFixed(1)+"%"));
+    const c=make("td",q.toFixed(3));c.style.background=colour(q);c.style.color="#14181d";row.append(c);table.append(row)}
+}
 function show(r,t,span){
   if(on)on.classList.remove("on");on=span;span.classList.add("on");
+  if(r.candidates)return rivals(r,t);
   head.textContent=`token ${t} of ${r.length} · expected score ${r.expected[t].toFixed(2)} · median ${r.median[t].toFixed(0)} `+
     `tokens to come, really ${r.length-t}`;
   table.replaceChildren();
