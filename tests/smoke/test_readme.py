@@ -156,6 +156,8 @@ def exists(key: str) -> bool:
     for part in key.split("."):
         if model is dict:
             return True  # the task's own settings
+        if part == "<name>":
+            continue  # a key of a mapping, whose values are the model that follows
         part = "ziprc" if part == "<head>" else part
         if part not in getattr(model, "model_fields", {}):
             return False
