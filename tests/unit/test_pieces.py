@@ -19,7 +19,7 @@ from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.reading.states import token_pairs, token_ranges
 from ziprc.sampling.live import bench
-from ziprc.stages import grades, introspection, samples, values
+from ziprc.stages import grades, introspection, qvalues, samples, values
 from ziprc.store.digests import digest_file
 from ziprc.store.files import write_json
 from ziprc.store.layout import Layout, manifest_of
@@ -131,6 +131,7 @@ def small_pieces(stage: ModuleType) -> Callable[[pytest.MonkeyPatch], None]:
     name, size = {
         values: ("token_ranges", partial(token_ranges, tokens=400)),
         introspection: ("token_ranges", partial(token_ranges, tokens=400)),
+        qvalues: ("PIECE_TOKENS", 400),
         grades: ("parts_of", lambda answers: [sorted(set(answers))[i::4] for i in range(4)]),
         samples: ("FLIGHTS_PER_PIECE", 3),
     }[stage]
@@ -139,7 +140,14 @@ def small_pieces(stage: ModuleType) -> Callable[[pytest.MonkeyPatch], None]:
 
 @pytest.mark.parametrize(
     ("stage", "name"),
-    [(values, "train"), (values, "test-many"), (introspection, "ziprc"), (grades, "train"), (samples, "majority")],
+    [
+        (values, "train"),
+        (values, "test-many"),
+        (introspection, "ziprc"),
+        (grades, "train"),
+        (samples, "majority"),
+        (qvalues, "train-trie"),
+    ],
 )
 def test_a_stage_that_was_killed_makes_the_rest_and_ends_in_the_same_bytes(
     world: World, stage: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch

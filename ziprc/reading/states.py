@@ -70,9 +70,14 @@ def token_pairs(rollouts: pa.Table) -> list[TokenPair]:
 
 def token_ranges(rollouts: pa.Table, tokens: int = PIECE_TOKENS) -> list[tuple[int, int]]:
     """Half-open ranges of consecutive rows of the rollouts table with about `tokens` response tokens each."""
-    ends = np.cumsum(pc.list_value_length(rollouts["response_token_ids"]).to_numpy())
+    return ranges(pc.list_value_length(rollouts["response_token_ids"]).to_numpy(), tokens)
+
+
+def ranges(counts: NDArray[np.int64], tokens: int = PIECE_TOKENS) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive things that have `counts` tokens, about `tokens` each, or one thing that has more."""
+    ends = np.cumsum(counts)
     found, start = [], 0
-    while start < rollouts.num_rows:
+    while start < len(counts):
         before = ends[start - 1] if start else 0
         stop = max(int(np.searchsorted(ends, before + tokens, side="right")), start + 1)
         found.append((start, stop))

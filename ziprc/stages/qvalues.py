@@ -26,18 +26,17 @@ from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.progress import progress
 from ziprc.reading.logits import Candidates, candidates
-from ziprc.reading.states import JointReader, load_for_reading
+from ziprc.reading.states import JointReader, load_for_reading, ranges
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import manifest_digests
 from ziprc.tables.grades import GRADES
-from ziprc.tables.pieces import cut
 from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.training.data import prompt_fold
 from ziprc.training.packs import Graded, by_prompt_of, graded_rollouts, pack_kind, require_kind
 
-PIECE_PROMPTS = 128
+PIECE_TOKENS = 1 << 16  # response tokens of a piece: with their joints some 10 MB
 
 
 def wanted_prompts(rollouts: Sequence[Graded], context: Context) -> dict[str, list[int]]:
@@ -117,7 +116,8 @@ def run(context: Context) -> str:
         return QVALUES.make([rows[i] for i in sorted(rows)])
 
     names = list(prompts)
-    pieces = context.pieces(QVALUES, cut(len(names), PIECE_PROMPTS))
+    tokens = np.array([sum(len(rollouts[i].response) for i in numbers) for numbers in prompts.values()])
+    pieces = context.pieces(QVALUES, ranges(tokens, PIECE_TOKENS))
     missing = {number: names[slice(*pieces.parts[number])] for number in pieces.missing()}
     with progress(sum(map(len, missing.values())), f"qvalues {context.name}", "prompts") as bar:
         for number, part in missing.items():
