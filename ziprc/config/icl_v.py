@@ -12,6 +12,7 @@ from ziprc.config.base import Increasing, Optimisation, Section, Unit
 FeedbackKind = Literal["full", "no_rewards", "first_reward_only", "so_far", "answer"]
 Method = Literal["kl", "rft", "awr", "dpo", "grpo", "ppo"]
 FEEDBACK_KINDS: tuple[str, ...] = get_args(FeedbackKind)
+LEGACY_KINDS = ("full", "no_rewards", "first_reward_only")  # of the published trainer
 
 
 class TrainCritic(Optimisation):
@@ -22,6 +23,12 @@ class TrainCritic(Optimisation):
         "answer",
         description="said after a rollout: reward and length (full), length alone, a reward after the first alone; ours: "
         "also how many were right so far, or the answer and its mark, + or -, in place of the reward",
+    )
+    layout: Literal["template", "legacy"] = Field(
+        "template", description="as the chat template renders the conversation, or as published (see training/packs.py)"
+    )
+    supervise_from: int = Field(
+        1, ge=1, description="rollout of a pack from which on they are learned, where there are so many; else the last"
     )
     length_edges: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=3), Increasing] = Field(
         (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768), description="edges of the length bins in tokens, from 0 up"
@@ -42,6 +49,12 @@ class TrainCritic(Optimisation):
     judged_prompts: int | None = Field(
         None, ge=1, description="test prompts on which `evaluate` judges it, the first ones; null: all"
     )
+
+    @model_validator(mode="after")
+    def _published_feedback(self) -> TrainCritic:
+        if self.layout == "legacy" and self.feedback not in LEGACY_KINDS:
+            raise ValueError(f"layout legacy knows the feedback {', '.join(LEGACY_KINDS)}, found {self.feedback}")
+        return self
 
 
 class QValues(Section):

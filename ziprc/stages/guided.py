@@ -48,6 +48,7 @@ def contexts(
     rollouts: Sequence[Graded], groups: Sequence[Sequence[int]], guide: Guide, context: Context, turns: Turns
 ) -> list[NDArray[np.int32]]:
     """For every prompt what the critic reads: its siblings with feedback, up to where a response begins."""
+    rollouts = [turns.fitting(r) for r in rollouts]
     packs = [[*own[: guide.siblings], own[0]] for own in groups]  # the last one stands for the response to come
     told = [[*shown_scores([rollouts[i] for i in pack[:-1]], guide.scores), 0.0] for pack in packs]
     kept, before = fitted(turns, rollouts, packs, context.config.train_critic, told)
@@ -80,7 +81,7 @@ def run(context: Context) -> str:
         return log_weight(tilt, q, guide.eta, guide.price, cells, grid)
 
     decoder = Guided(reference, critic, text, asked.sampling, stops, weigh)
-    read = contexts(rollouts, groups, guide, context, Turns(tokenizer))
+    read = contexts(rollouts, groups, guide, context, Turns(tokenizer, config.train_critic.layout))
     pieces = context.pieces(GUIDED, cut(len(groups), PIECE_PROMPTS))
     missing = {number: range(*pieces.parts[number]) for number in pieces.missing()}
     with progress(sum(map(len, missing.values())), f"guided {context.name}", "prompts") as bar:

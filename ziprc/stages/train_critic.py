@@ -26,7 +26,7 @@ from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.training.data import outside_fold
 from ziprc.training.objectives.joint import JointObjective
 from ziprc.training.order import MicroBatches, order_by_count
-from ziprc.training.packs import graded_rollouts, pack_data, pack_kind, shuffled_packs
+from ziprc.training.packs import graded_rollouts, pack_data, pack_kind, shuffled_packs, supervised
 from ziprc.training.resume import world_size
 from ziprc.training.trainees import JointTrainee, Trainee
 from ziprc.training.trainer import train
@@ -43,7 +43,7 @@ def run(context: Context) -> str:
     table = outside_fold(ROLLOUTS.read(sources["rollouts"]), context.variant.fold)
     rollouts, ungraded = graded_rollouts(table, GRADES.read(sources["grades"]), str(sources["grades"]))
     packs = shuffled_packs(rollouts, own.pack_rollouts, int(np.ceil(own.epochs)), seed)
-    data = pack_data(rollouts, packs, tokenizer, own, grid)
+    data = supervised(pack_data(rollouts, packs, tokenizer, own, grid), own)
     lengths, world = data.input_lengths(), world_size()
     micro = max(1, runtime.forward_tokens // int(lengths.max()))
     share = own.epochs / np.ceil(own.epochs)

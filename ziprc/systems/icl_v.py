@@ -47,7 +47,7 @@ def labelling(config: Config) -> dict[str, Ref]:
 
 def label_params(config: Config, of: LabelsOf) -> list[str]:
     own = ["qvalues", "train_critic.folds"]
-    packs = [f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length")]
+    packs = [f"train_critic.{key}" for key in ("pack_rollouts", "layout", "feedback", "end_weight", "max_length")]
     return own if of.source == "trie" else ["seed", *own, *packs]
 
 
@@ -108,7 +108,8 @@ def evaluated(config: Config) -> dict[str, Ref]:
 def evaluate_params(config: Config) -> list[str]:
     judged = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "ece_bins", "targets")]
     critic = [
-        f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "end_weight", "max_length", "judged_prompts")
+        f"train_critic.{key}"
+        for key in ("pack_rollouts", "layout", "feedback", "end_weight", "max_length", "judged_prompts")
     ]
     names, said = config.train_policy.students, ("method", "labels", "learning_rate")
     students = [f"train_policy.students.{name}.{key}" for name in names for key in said]
@@ -199,7 +200,7 @@ STAGES = (
         },
         params=lambda c, v: [
             "seed", *(f"rollouts.{key}" for key in ("sampling", "max_new_tokens")), "guided.prompts", "guided.samples",
-            f"guided.modes.{v.mode}", *(f"train_critic.{key}" for key in ("pack_rollouts", "feedback", "max_length")),
+            f"guided.modes.{v.mode}", *(f"train_critic.{key}" for key in ("pack_rollouts", "layout", "feedback", "max_length")),
         ],
         machine="gpu", check=check_guides,
     ),

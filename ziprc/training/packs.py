@@ -10,6 +10,10 @@ Unlike the published layout it equals the template's own rendering of the conver
 that ran into the cap is closed, marked as cut in its feedback, and its length is a lower bound; the states before the first
 token and after the stop token are supervised too: state j of a response of m tokens has m − j to come, j = 0 … m.
 
+`layout: legacy` is the published one, for critics that were trained so: no newline behind a response, no empty thinking block,
+rewards as Python prints them, a response that ran into the cap closed and shown, and learned, as if it had ended there; and
+the state before the first token is not learned.
+
 N packs, M rollouts in packs, P labelled states.
 """
 
@@ -81,7 +85,7 @@ def graded_rollouts(rollouts: pa.Table, grades: pa.Table, where: str) -> tuple[l
     return found, rollouts.num_rows - len(found)
 
 
-def feedback_text(kind: str, rollout: Graded, number: int, right: int) -> str:
+def feedback_text(kind: str, rollout: Graded, number: int, right: int, legacy: bool = False) -> str:
     """What the user says about rollout `number` (from 1) of a pack, of which `right` are right so far, this one included.
 
     Where the answer is said, its mark stands directly behind it, in place of the reward: a head that looks for the same answer
@@ -89,7 +93,7 @@ def feedback_text(kind: str, rollout: Graded, number: int, right: int) -> str:
     """
     lines = [f"Length: {len(rollout.response)} tokens{', cut off' if rollout.cut else ''}"]
     if kind in ("full", "so_far") or (kind == "first_reward_only" and number == 1):
-        lines.insert(0, f"Reward: {rollout.score:.4g}")
+        lines.insert(0, f"Reward: {float(rollout.score)}" if legacy else f"Reward: {rollout.score:.4g}")
     if kind == "answer":
         lines.insert(0, f"Answer: {rollout.answer or 'none'}{'+' if rollout.score >= 0.5 else '-'}")
     if kind == "so_far":
@@ -100,8 +104,30 @@ def feedback_text(kind: str, rollout: Graded, number: int, right: int) -> str:
 class Turns:
     """What stands between two responses of a pack, in ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: str = "template") -> None:
+        self.tokenizer, self.legacy = tokenizer, layout == "legacy"
+
+    def fitting(self, rollout: Graded) -> Graded:
+        """The rollout as the layout shows it."""
+        if not self.legacy:
+            return rollout
+        stop, header = (
+            self.tokenizer.eos_token_id,
+            self._frame(True).rpartition(self.tokenizer.eos_token)[2].lstrip("\n"),
+        )
+        own = self.tokenizer(header, add_special_tokens=False)["input_ids"]
+        starts = [
+            i for i in range(len(rollout.prompt) - len(own) + 1) if rollout.prompt[i : i + len(own)].tolist() == own
+        ]
+        if not starts:
+            raise UserError(
+                f"rollout {rollout.rollout_id}: its prompt has no header of the assistant ({header!r}), at which the layout "
+                "legacy cuts it. Set train_critic.layout to template."
+            )
+        response = np.append(rollout.response, np.int32(stop)) if rollout.cut else rollout.response
+        return dataclasses.replace(
+            rollout, prompt=rollout.prompt[: starts[-1] + len(own)], response=response, cut=False, thinking=True
+        )
 
     def before_each(
         self, rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], kind: str, shown: Sequence[Sequence[float]]
@@ -114,7 +140,7 @@ class Turns:
         for pack, scores in zip(packs, shown, strict=True):
             right = np.cumsum(np.asarray(scores) >= 0.5).tolist()
             said = [dataclasses.replace(rollouts[i], score=score) for i, score in zip(pack, scores, strict=True)]
-            texts += [feedback_text(kind, said[n], n + 1, right[n]) for n in range(len(pack) - 1)]
+            texts += [feedback_text(kind, said[n], n + 1, right[n], self.legacy) for n in range(len(pack) - 1)]
             after += [rollouts[i].thinking for i in pack[1:]]
         between, found = iter(self._between(texts, after)), []
         for pack in packs:
@@ -143,12 +169,14 @@ class Turns:
             [{"role": role, "content": content} for role, content in messages],
             add_generation_prompt=True, tokenize=False, enable_thinking=thinking,
         )  # fmt: skip
-        return str(text).partition(RESPONSE)[2]
+        frame, stop = str(text).partition(RESPONSE)[2], str(self.tokenizer.eos_token)
+        return stop + frame.removeprefix(stop).lstrip("\n") if self.legacy else frame
 
 
 def pack_kind(own: TrainCritic, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a critic's checkpoint says of the packs that it reads."""
-    return {"feedback": own.feedback, "rollouts": own.pack_rollouts, "template": digest_json(tokenizer.chat_template)}
+    kind = {"layout": own.layout, "feedback": own.feedback, "rollouts": own.pack_rollouts}
+    return kind | {"template": digest_json(tokenizer.chat_template)}
 
 
 def require_kind(folder: Path, kind: dict[str, Any]) -> None:
@@ -185,6 +213,8 @@ class PackData:
     grid: BinGrid
     end_weight: float
     left_out: int = 0  # rollouts that did not fit into their pack
+    learned: NDArray[np.bool_] | None = None  # [M] which rollouts are supervised; None: all
+    skip: int = 0  # first states of a rollout that are not
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -202,9 +232,11 @@ class PackData:
         pack, reward_only = picked % len(self), picked >= len(self)
         inputs, own = self.input_lengths()[pack], self.rollouts_of(pack)
         row = np.repeat(np.arange(len(pack)), np.diff(self.segments)[pack])
+        if self.learned is not None:
+            own, row = own[self.learned[own]], row[self.learned[own]]
         start = row * inputs.max() + self.first[own] - self.offsets[pack][row]
-        counts = self.lengths[own] + 1
-        inside, any_length = within(counts), np.repeat(reward_only[row], counts)
+        counts = self.lengths[own] + 1 - self.skip
+        inside, any_length = self.skip + within(counts), np.repeat(reward_only[row], counts)
         remaining = np.repeat(self.lengths[own], counts) - inside
         extra = np.rint(self.end_weight * counts / np.minimum(counts, END_STATES)).astype(np.int64)
         weight = 1 + np.where(remaining < END_STATES, np.repeat(extra, counts), 0)
@@ -218,6 +250,13 @@ class PackData:
             "count": weight.sum(),
         }
         return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
+def supervised(data: PackData, own: TrainCritic) -> PackData:
+    """The packs with only those states supervised that `own` wants to be learned."""
+    counts = np.diff(data.segments)
+    first = np.repeat(np.minimum(own.supervise_from, counts) - 1, counts)  # the last one, where there are fewer
+    return dataclasses.replace(data, learned=within(counts) >= first, skip=int(own.layout == "legacy"))
 
 
 def shuffled_packs(rollouts: Sequence[Graded], size: int, passes: int, seed: int) -> list[list[int]]:
@@ -305,7 +344,9 @@ def pack_data(
     do not fit into `max_length` are left out and counted. Raises UserError when not one pack holds two rollouts.
     """
     said = [[rollouts[i].score for i in pack] for pack in packs] if shown is None else shown
-    kept, before = fitted(Turns(tokenizer), rollouts, packs, own, said)
+    turns = Turns(tokenizer, own.layout)
+    rollouts = [turns.fitting(r) for r in rollouts]
+    kept, before = fitted(turns, rollouts, packs, own, said)
     left_out = sum(map(len, packs)) - sum(map(len, kept))
     if max(map(len, kept), default=0) < 2:
         raise UserError(

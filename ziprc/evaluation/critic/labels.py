@@ -91,7 +91,8 @@ def critic_labels(
         for row, p in enumerate(batch):
             start = 0
             for k in targets[p]:
-                i, m, first = int(data.members[k]), int(data.lengths[k]), int(data.first[k] - data.offsets[p])
+                i, first = int(data.members[k]), int(data.first[k] - data.offsets[p])
+                m = len(rollouts[i].response)
                 states, (state, taken) = inside[row, first : first + m + 1], _taken(rollouts[i], candidates[i])
                 cells = np.empty((len(state), states.shape[1]), np.float32)
                 cells[taken] = states[state[taken] + 1]
