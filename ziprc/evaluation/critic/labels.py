@@ -45,18 +45,14 @@ def trie_labels(
     rollouts: Sequence[Graded], candidates: Mapping[int, Candidates], prior: Prior
 ) -> Iterator[tuple[int, Labels]]:
     """Yield (number, labels) of every rollout that has candidates and a sibling."""
+    nothing = np.zeros((0, 0), np.float16)
     for own in by_prompt_of(rollouts).values():
         for i in own:
             if i in candidates and len(own) > 1:
                 siblings = [rollouts[j] for j in own if j != i]
                 values = trie_values(rollouts[i], siblings, prior)
                 q = trie_candidates(rollouts[i], siblings, values, candidates[i])
-                yield (
-                    i,
-                    Labels(
-                        len(siblings), values.astype(np.float32), q.astype(np.float32), np.zeros((0, 0), np.float16)
-                    ),
-                )
+                yield i, Labels(len(siblings), values.astype(np.float32), q.astype(np.float32), nothing)
 
 
 @torch.inference_mode()
@@ -65,7 +61,7 @@ def critic_labels(
     candidates: Mapping[int, Candidates], own: TrainCritic, seed: int, budget: int,
 ) -> Iterator[tuple[int, Labels]]:  # fmt: skip
     """Yield (number, labels) of every rollout that has candidates, a sibling, and room in a pack."""
-    numbers = [i for i, r in enumerate(rollouts) if len(r.prompt) + len(r.response) <= own.max_length]
+    numbers = [i for i, r in enumerate(rollouts) if len(r.prompt) + len(r.response) + r.cut <= own.max_length]
     packs, last = rotated_packs([rollouts[i] for i in numbers], own.pack_rollouts, seed)
     data = pack_data(rollouts, [[numbers[i] for i in pack] for pack in packs], tokenizer, own, reader.joint.grid)
     weight, device = slice_weight(reader.model, reader.joint).float(), reader.model.device
