@@ -117,6 +117,17 @@ def test_families_are_ordered_by_their_accuracy_at_four_samples_and_the_expensiv
     assert rows[2][1:] == ["60.0", "65.0", "65.0", "65.0"]  # nothing more to spend on
 
 
+def test_nothing_right_is_a_number_and_no_missing_one(record: dict[str, Any]) -> None:
+    none = copy.deepcopy(record)
+    for of in none["families"].values():
+        for point in of["points"].values():
+            point["accuracy"]["value"] = 0.0
+    found = section(none, {}, True).data
+    assert found["best"] == [0.0] * len(BUDGETS), "the best of them, though it is 0"
+    beyond = [name for name, row in found["accuracies"].items() if row[1] is None]
+    assert beyond and list(found["accuracies"])[-len(beyond) :] == beyond, "what has no number comes behind what has 0"
+
+
 def test_differences_below_zero_are_red_and_undecided_ones_grey(page: str) -> None:
     grid = page.partition("zip-rc-plus minus each family")[2].partition("</table>")[0]
     row = next(row for row in re.findall("<tr><td>(.*?)</tr>", grid) if row.startswith("sequential-logprob"))

@@ -128,7 +128,12 @@ def _accuracies(record: Record) -> dict[str, list[float | None]]:
     """By family, accuracy at each budget: by falling accuracy at the middle budget; ours first among equals, what cannot
     keep to it last."""
     budgets, middle = record["budgets"], _middle(record["budgets"])
-    names = sorted(record["families"], key=lambda n: (-(accuracy_at(record, n, middle) or -1.0), n not in OURS))
+
+    def place(name: str) -> tuple[bool, float, bool]:
+        found = accuracy_at(record, name, middle)
+        return found is None, -(found or 0.0), name not in OURS
+
+    names = sorted(record["families"], key=place)
     return {name: [accuracy_at(record, name, k) for k in budgets] for name in names}
 
 
@@ -162,7 +167,9 @@ def section(record: Record, live: Record, judged: bool) -> Section:
         "columns": [f"{k} ({tokens:,.0f})" for k, tokens in budgets.items()],
         "middle": _middle(budgets),
         "accuracies": accuracies,
-        "best": [max(filter(None, column), default=None) for column in zip(*accuracies.values(), strict=True)],
+        "best": [
+            max((a for a in column if a is not None), default=None) for column in zip(*accuracies.values(), strict=True)
+        ],
         "differences": {name: [difference.get(k, {}).get(name) for k in budgets] for name in compared},
         "costs": _costs(record),
         "ablations": [
