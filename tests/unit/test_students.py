@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,14 @@ from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.pages.labels import labels_html
+from ziprc.plan.stage import Ref
 from ziprc.stages import evaluate, grades, guided, qvalues, report, train_critic, train_policy
 from ziprc.stages.guided import contexts, shown_scores
 from ziprc.store.files import read_json
 from ziprc.store.layout import Layout
-from ziprc.systems.icl_v import check_folds, check_guides, check_samples
+from ziprc.systems import goals_of, graph_of
+from ziprc.systems.icl_v import check_folds, check_guides, check_students
+from ziprc.systems.shared import BASE
 from ziprc.tables.grades import GRADES
 from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
@@ -232,6 +236,42 @@ def test_the_page_of_labels_shows_values_and_rivals_and_is_no_code(
 
 def test_students_asked_more_often_than_the_base_are_refused() -> None:
     with pytest.raises(UserError, match=r"student_samples is 7, but the base .* 6 times"):
-        check_samples(Config.model_validate(SETTINGS | {"rollouts": {"student_samples": 7, "test_samples": 6}}))
+        check_students(Config.model_validate(SETTINGS | {"rollouts": {"student_samples": 7, "test_samples": 6}}))
     with pytest.raises(UserError, match=r"qvalues.folds is 3, but train_critic.folds cuts the prompts into 2"):
         check_folds(Config.model_validate(SETTINGS | {"qvalues": {"folds": 3}}))
+
+
+def test_a_student_of_several_rounds_is_labelled_anew_on_what_it_has_become(tmp_path: Path) -> None:
+    own = {"rft": {"method": "rft"}, "kl": {"rounds": 3}, "kl-trie": {"labels": "trie", "rounds": 2}}
+    config = Config.model_validate(SETTINGS | {"train_policy": {"students": own}})
+    graph = graph_of(config, Layout(tmp_path, "tiny"))
+    made = {str(ref) for ref in graph.closure(goals_of(config))}
+    chain = [Ref("train_policy", "policy-kl")]
+    while (start := graph.parents(chain[-1])["base"]) != BASE:
+        before = graph.parents(chain[-1])
+        assert before["rollouts"] == Ref("rollouts", f"train-{start.name}") == Ref("rollouts", before["grades"].name)
+        assert graph.parents(before["rollouts"])["policy"] == start, "sampled by the policy that goes on"
+        assert graph.parents(before["qvalues"])["base"] == start, "which is the reference too"
+        assert {"critic-fold0", "critic-fold1"} <= set(graph.parents(before["qvalues"]))
+        chain.append(start)
+    assert [ref.name for ref in chain] == ["policy-kl", "policy-kl-round2", "policy-kl-round1"]
+    assert graph.parents(Ref("train_policy", "policy-kl-trie"))["qvalues"].name == "train-policy-kl-trie-round1-trie"
+    assert "rollouts test-policy-kl" in made and "rollouts test-policy-kl-round1" not in made, (
+        "the last round is compared"
+    )
+    with pytest.raises(UserError, match="'kl-round2' ends as the name of a round does"):
+        check_students(Config.model_validate(SETTINGS | {"train_policy": {"students": {"kl-round2": {}}}}))
+
+
+def test_a_second_round_starts_from_the_first(experiment: World) -> None:
+    students = {"twice": {"rounds": 2, "learning_rate": 1e-2, "batch_size": 8, "max_steps": 2}}
+    world = World(Config.model_validate(SETTINGS | {"train_policy": {"students": students}}), experiment.layout)
+    train_policy.run(world.context("train_policy", "policy-twice-round1"))
+    tiny_tables(experiment.layout, "train-policy-twice-round1", prompts=12, samples=4)
+    qvalues.run(world.context("qvalues", "train-policy-twice-round1"))
+    train_policy.run(world.context("train_policy", "policy-twice"))
+    base, first, second = (
+        load_model(experiment.layout.checkpoint(name)).model.layers[0].mlp.up_proj.weight
+        for name in ("base", "policy-twice-round1", "policy-twice")
+    )
+    assert (second - first).norm() < (second - base).norm() and not torch.equal(first, second)

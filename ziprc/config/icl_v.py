@@ -108,7 +108,10 @@ class Student(Optimisation, Tilted):
     gae_lambda: Unit = Field(0.95, description="awr, ppo: 1: what came of it, 0: the next value alone")
     normalize_advantages: bool = Field(True, description="ppo: to mean 0 and deviation 1, over all rollouts")
     success_threshold: Unit = Field(0.5, description="rft: a score above it is a success")
-    epochs: float = Field(1.0, gt=0, description="passes over the rollouts (dpo: pairs)")
+    rounds: int = Field(
+        1, ge=1, description="times that it is trained, each but the first on labelled rollouts of its own last state"
+    )
+    epochs: float = Field(1.0, gt=0, description="passes over the rollouts (dpo: pairs), in every round")
     max_steps: int = Field(-1, ge=-1, description="most optimiser steps; -1: what the epochs take")
     batch_size: int = Field(64, ge=1, description="rollouts (dpo: pairs) per optimiser step, over all devices")
     max_length: int = Field(8192, ge=2, description="tokens at which inputs are cut")

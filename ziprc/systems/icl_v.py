@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.plan.stage import CHECKPOINT, TABLE, Ref, Stage, System
-from ziprc.systems.shared import BASE, GradesOf, RolloutsOf, table
+from ziprc.systems.shared import BASE, GradesOf, RolloutsOf, base_rollouts, table
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,64 @@ def critics(config: Config) -> dict[str, CriticOf]:
 
 
 @dataclass(frozen=True)
+class PolicyOf:
+    """A student by its name in the configuration, in one of its rounds: where it starts, and what it learns from.
+
+    `start` is the policy that sampled the `rollouts`; the base in the first round. `labels` None: from grades alone.
+    """
+
+    student: str
+    start: Ref
+    rollouts: str
+    labels: Ref | None
+
+
+TABLES = {"critic": "", "trie": "-trie"}  # how labels are named after the rollouts, by source
+
+
+def policies(config: Config) -> dict[str, PolicyOf]:
+    """`policy-<student>` each; before its last round it is `policy-<student>-round<i>`."""
+    found: dict[str, PolicyOf] = {}
+    for student, own in config.train_policy.students.items():
+        start, rollouts = BASE, "train"
+        for number in range(1, own.rounds + 1):
+            name = f"policy-{student}" + (f"-round{number}" if number < own.rounds else "")
+            labels = None if own.labels == "none" else Ref("qvalues", rollouts + TABLES[own.labels])
+            found[name] = PolicyOf(student, start, rollouts, labels)
+            start, rollouts = Ref("train_policy", name), f"train-{name}"
+    return found
+
+
+def students(config: Config) -> dict[str, Ref]:
+    """The policies that are compared: every student after its last round."""
+    return {name: Ref("train_policy", name) for name, of in policies(config).items() if name == f"policy-{of.student}"}
+
+
+def policy_rollouts(config: Config) -> dict[str, RolloutsOf]:
+    """Test prompts, as every student answers them; training prompts, as one does that learns from its own rollouts next."""
+    asked, counts = config.rollouts, ("student_samples", "test_thinking")
+    samples = ((asked.test_thinking, asked.student_samples),)
+    found = {f"test-{name}": RolloutsOf("test", policy, samples, counts) for name, policy in students(config).items()}
+    again = [of for of in policies(config).values() if of.start != BASE]
+    return found | {of.rollouts: replace(base_rollouts(config)["train"], policy=of.start) for of in again}
+
+
+@dataclass(frozen=True)
 class LabelsOf:
-    """Whose tokens are valued, and by whom: the `critic` in context or the `trie`."""
+    """Whose tokens are valued, sampled by which policy, and by whom: the `critic` in context or the `trie`."""
 
     rollouts: str
+    policy: Ref
     source: str
 
 
-LABELS = {"critic": "train", "trie": "train-trie"}  # name of the table, by source
-
-
 def labels(config: Config) -> dict[str, LabelsOf]:
-    return {name: LabelsOf("train", source) for source, name in LABELS.items()}
+    known = {"train": BASE} | {of.rollouts: of.start for of in policies(config).values()}
+    return {
+        rollouts + suffix: LabelsOf(rollouts, policy, source)
+        for rollouts, policy in known.items()
+        for source, suffix in TABLES.items()
+    }
 
 
 def labelling(config: Config) -> dict[str, Ref]:
@@ -49,28 +96,6 @@ def label_params(config: Config, of: LabelsOf) -> list[str]:
     own = ["qvalues", "train_critic.folds"]
     packs = [f"train_critic.{key}" for key in ("pack_rollouts", "layout", "feedback", "end_weight", "max_length")]
     return own if of.source == "trie" else ["seed", *own, *packs]
-
-
-@dataclass(frozen=True)
-class PolicyOf:
-    """A student, by its name in the configuration, and the labels that it learns from (None: grades alone)."""
-
-    student: str
-    labels: Ref | None
-
-
-def policies(config: Config) -> dict[str, PolicyOf]:
-    return {
-        f"policy-{name}": PolicyOf(name, None if own.labels == "none" else Ref("qvalues", LABELS[own.labels]))
-        for name, own in config.train_policy.students.items()
-    }
-
-
-def policy_rollouts(config: Config) -> dict[str, RolloutsOf]:
-    """The test prompts, as every student answers them: as the base did, so often as is said for students."""
-    asked, counts = config.rollouts, ("student_samples", "test_thinking")
-    samples = ((asked.test_thinking, asked.student_samples),)
-    return {f"test-{name}": RolloutsOf("test", Ref("train_policy", name), samples, counts) for name in policies(config)}
 
 
 @dataclass(frozen=True)
@@ -95,14 +120,13 @@ def evaluated(config: Config) -> dict[str, Ref]:
     found = table("prompts", "test")
     for split in ("train", "test"):
         found |= table("rollouts", split) | table("grades", split)
-    for name in policy_rollouts(config):
-        found |= table("rollouts", name) | table("grades", name)
+    for name in students(config):
+        found |= table("rollouts", f"test-{name}") | table("grades", f"test-{name}")
     for name in guided(config):
         found |= table("guided", name) | table("grades", name)
     for of in policies(config).values():
         found |= table("qvalues", of.labels.name) if of.labels else {}
-    students = {name: Ref("train_policy", name) for name in policies(config)}
-    return found | labelling(config) | students | ({"base": BASE} if students else {})
+    return found | labelling(config) | students(config) | ({"base": BASE} if students(config) else {})
 
 
 def evaluate_params(config: Config) -> list[str]:
@@ -112,10 +136,10 @@ def evaluate_params(config: Config) -> list[str]:
         for key in ("pack_rollouts", "layout", "feedback", "end_weight", "max_length", "judged_prompts")
     ]
     names, said = config.train_policy.students, ("method", "labels", "learning_rate")
-    students = [f"train_policy.students.{name}.{key}" for name in names for key in said]
+    compared = [f"train_policy.students.{name}.{key}" for name in names for key in said]
     guides = [f"guided.modes.{name}.{key}" for name in config.guided.modes for key in ("siblings", "scores")]
     return [
-        *judged, *critic, *students, *(["rollouts.student_samples"] if students else []),
+        *judged, *critic, *compared, *(["rollouts.student_samples"] if compared else []),
         *guides, *(["guided.samples"] if guides else []),
     ]  # fmt: skip
 
@@ -142,8 +166,10 @@ def check_packs(config: Config) -> None:
         )
 
 
-def check_samples(config: Config) -> None:
-    """UserError where students are asked more often than the base that they are compared with."""
+def check_students(config: Config) -> None:
+    """UserError where students are asked more often than the base that they are compared with, or named as a round is."""
+    if rounds := [name for name in config.train_policy.students if re.search(r"-round\d+$", name)]:
+        raise UserError(f"train_policy.students: '{rounds[0]}' ends as the name of a round does. Name it otherwise.")
     if (asked := config.rollouts).student_samples > asked.test_samples:
         raise UserError(
             f"rollouts.student_samples is {asked.student_samples}, but the base that students are compared with answers "
@@ -187,10 +213,10 @@ STAGES = (
     Stage(
         "train_policy", "the policy {name}", CHECKPOINT, policies,
         reads=lambda c, v: {
-            "base": BASE, "rollouts": Ref("rollouts", "train"), "grades": Ref("grades", "train"),
+            "base": v.start, "rollouts": Ref("rollouts", v.rollouts), "grades": Ref("grades", v.rollouts),
             **({"qvalues": v.labels} if v.labels else {}),
         },
-        params=lambda c, v: ["seed", f"train_policy.students.{v.student}"], machine="big-gpu", check=check_samples,
+        params=lambda c, v: ["seed", f"train_policy.students.{v.student}"], machine="big-gpu", check=check_students,
         held_out=True,
     ),
     Stage(
@@ -207,7 +233,7 @@ STAGES = (
     Stage(
         "qvalues", "what every plausible token is worth, {name}", TABLE, labels,
         reads=lambda c, v: {
-            "base": BASE, "rollouts": Ref("rollouts", v.rollouts), "grades": Ref("grades", v.rollouts),
+            "base": v.policy, "rollouts": Ref("rollouts", v.rollouts), "grades": Ref("grades", v.rollouts),
             **(labelling(c) if v.source == "critic" else {}),
         },
         params=label_params, machine="gpu", check=check_folds,
