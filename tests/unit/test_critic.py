@@ -9,11 +9,14 @@ import torch
 from tests.doubles import World, tiny_checkpoint, tiny_tables
 from ziprc.config.load import Config
 from ziprc.errors import UserError
-from ziprc.evaluation.critic.record import expected_scores, known_without_a_network, open_critics, shuffled
-from ziprc.evaluation.critic.siblings import UNSEEN, Prior, answer_lookup, sibling_mean, trie_values
+from ziprc.evaluation.bootstrap import Resampling
+from ziprc.evaluation.critic.record import chosen, expected_scores, known_without_a_network, open_critics, shuffled
+from ziprc.evaluation.critic.siblings import UNSEEN, Prior, answer_lookup, sibling_mean, trie_candidates, trie_values
+from ziprc.evaluation.critic.students import label_record
 from ziprc.evaluation.outcomes import MOMENTS
 from ziprc.pages import icl_v
 from ziprc.plan.stage import Ref
+from ziprc.reading.logits import Candidates
 from ziprc.stages import evaluate, report, train_critic
 from ziprc.stages.context import Context
 from ziprc.store.files import read_json, write_json
@@ -21,6 +24,7 @@ from ziprc.store.layout import Layout
 from ziprc.systems import graph_of
 from ziprc.systems.icl_v import check_packs
 from ziprc.tables.grades import GRADES
+from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.training.objectives.joint import JointLabels, slice_cross_entropy
 from ziprc.training.packs import Graded, graded_rollouts, pack_data
@@ -64,6 +68,45 @@ def test_the_trie_follows_the_siblings_that_began_alike() -> None:
     third = (1 + 2 * second) / 3
     assert found == pytest.approx([root, first, second, third, third])
     assert trie_values(rollout([1, 2], 0.0), [], PRIOR) == pytest.approx([0.25] * 3)
+
+
+def test_the_trie_values_every_candidate_by_the_siblings_that_went_on_so() -> None:
+    siblings = [rollout([1, 2, 3], 1.0), rollout([1, 5], 0.0), rollout([1, 5, 6], 1.0), rollout([4], 0.0)]
+    target = rollout([1, 2, 7], 1.0)
+    of = Candidates(np.array([0, 3, 5, 7]), np.array([1, 4, 9, 2, 5, 3, 7]), np.zeros(7, np.float32))
+    values = trie_values(target, siblings, PRIOR)
+    found = trie_candidates(target, siblings, values, of)
+
+    def node(scores: list[float], parent: float) -> float:
+        return (sum(scores) + 2 * parent) / (len(scores) + 2)
+
+    expected = [
+        values[1], node([0.0], values[0]), values[0],  # taken; one sibling went on so; none did
+        values[2], node([0.0, 1.0], values[1]),
+        node([1.0], values[2]), values[3],
+    ]  # fmt: skip
+    assert found == pytest.approx(expected)
+
+
+def test_one_answer_is_chosen_for_every_prompt() -> None:
+    boot = Resampling([0, 0, 0, 1, 1, 1], 20, 0)
+    targets = [rollout([1], score, answer) for score, answer in zip((1, 0, 0, 0, 1, 1), "abbcdd", strict=True)]
+    alone, read = (
+        {"critic": np.array(values, dtype=float)[:, None]}
+        for values in ([0.1, 0.9, 0.2, 0.3, 0.2, 0.1], [0.9, 0.1, 0.2, 0.1, 0.1, 0.8])
+    )
+    found = {name: of["value"] for name, of in chosen(boot, {0: alone, 3: read}, targets, 0.95).items()}
+    assert found == {"mean": 0.5, "majority": 0.5, "oracle": 1.0, "critic/0": 0.0, "critic/3": 1.0}
+
+
+def test_what_labels_say_of_themselves_by_hand() -> None:
+    row = {
+        "rollout_id": "r", "source": "trie", "siblings": 3, "offsets": [0, 2, 3], "ids": [1, 2, 3],
+        "log_prob": np.log([0.6, 0.2, 0.9]), "q": [0.8, 0.4, 0.1], "cells": [], "values": [0.5, 0.8, 0.1],
+    }  # fmt: skip
+    found = label_record(QVALUES.make([row]))
+    assert (found["states"], found["candidates"], found["choice"], found["siblings"]) == (2, 3, 0.5, 3.0)
+    assert found["gap"] == pytest.approx(0.7 - 0.5, abs=1e-6) and found["spread"] == pytest.approx(0.4, abs=1e-6)
 
 
 def test_the_last_rollout_of_every_pack_is_known_from_those_before_it() -> None:

@@ -15,6 +15,7 @@ from tests.doubles import World, tiny_checkpoint, tiny_tables
 from ziprc.config.icl_v import Guide
 from ziprc.config.load import Config
 from ziprc.errors import UserError
+from ziprc.evaluation.critic.guidance import guided_record
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.tokenizer import load_tokenizer
@@ -27,7 +28,9 @@ from ziprc.store.layout import Layout
 from ziprc.systems import goals_of, graph_of
 from ziprc.systems.icl_v import check_folds, check_guides, check_students
 from ziprc.systems.shared import BASE
+from ziprc.tables.check import TableSchema
 from ziprc.tables.grades import GRADES
+from ziprc.tables.guided import GUIDED
 from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.training.data import prompt_fold
@@ -195,6 +198,37 @@ def test_a_guide_reads_siblings_with_feedback_up_to_where_the_response_begins(ex
         (read,) = contexts(rollouts, [[0, 1, 2, 3]], Guide(siblings=siblings), context, Turns(tokenizer))
         data = pack_data(rollouts, [[0, 1, 2, 3], [0, 1]], tokenizer, own, BinGrid((0.0, 1.0), tuple(own.length_edges)))
         assert read.tolist() == data.tokens[: data.first[siblings] + 1].tolist()
+
+
+def test_guidance_is_compared_with_responses_that_no_critic_has_read(tmp_path: Path) -> None:
+    def row(name: str, index: int) -> dict[str, object]:
+        return {
+            "rollout_id": name, "prompt_id": "p", "sample_index": index, "seed": 0, "prompt_token_ids": [1],
+            "response_token_ids": [2, 3], "response_text": "", "finish_reason": "stop", "thinking": True, "policy": "base",
+        }  # fmt: skip
+
+    def written(schema: TableSchema, name: str, rows: list[dict[str, object]]) -> Path:
+        schema.write(tmp_path / name, schema.make(rows))
+        return tmp_path / name
+
+    def graded(answers: str, scores: tuple[float, ...], stem: str) -> list[dict[str, object]]:
+        known = {"grader": "exact", "status": "graded", "rationale": None}
+        pairs = zip(answers, scores, strict=True)
+        return [
+            {"rollout_id": f"{stem}{n}", "score": s, "extracted_answer": a, **known} for n, (a, s) in enumerate(pairs)
+        ]
+
+    modes = {"guided": {"samples": 2, "modes": {"exp": {"siblings": 2}}}, "evaluate": {"bootstrap": 20}}
+    reads = {
+        "rollouts/test": written(ROLLOUTS, "r.parquet", [row(f"r{n}", n) for n in range(5)]),
+        "grades/test": written(GRADES, "g.parquet", graded("aabbc", (1, 1, 0, 0, 1), "r")),
+        "guided/test-guided-exp": written(GUIDED, "x.parquet", [row(f"x{n}", n) | {"kl": 0.5 + n} for n in range(2)]),
+        "grades/test-guided-exp": written(GRADES, "xg.parquet", graded("ab", (1, 0), "x")),
+    }
+    found = guided_record(Config.model_validate(modes), reads)["guided"]["exp"]
+    assert (found["accuracy"]["value"], found["base"]["accuracy"]["value"]) == (0.5, 0.0), "the third and the fourth"
+    assert (found["majority"]["value"], found["base"]["majority"]["value"]) == (1.0, 0.5), "siblings vote on both sides"
+    assert found["difference"]["majority"]["value"] == 0.5 and found["kl"]["value"] == 1.0 and found["oracle"]
 
 
 def test_modes_that_cannot_be_judged_or_read_are_refused() -> None:

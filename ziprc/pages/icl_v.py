@@ -66,6 +66,7 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
     ]
     if policies := metrics["policies"]:
         asked = {"prompts": metrics["asked"], "samples": policies["base"]["rollouts"] / metrics["asked"]}
+        asked["ungraded"] = sum(record["ungraded"] for record in policies.values())
         shown_as = {"policies": policy_rows(policies), "labels": metrics["labels"], "confidence": metrics["confidence"]}
         found.append(Section("Policies made of the labels", "icl_v/policies.html", asked | shown_as))
     if guided := metrics["guided"]:
@@ -81,7 +82,8 @@ def policy_rows(policies: Record) -> dict[str, Record]:
         gaps = record.get("difference", {})
         between = {"base": gaps.get("base", {}).get("accuracy"), "rft": gaps.get(plain, {}).get("accuracy")}
         missing = {"method": None, "labels": "", "kl": None, "rate": f"{record['learning_rate']:.2g}" if gaps else ""}
-        rows[name.removeprefix("policy-")] = {**missing, **record, **between}
+        learned = {"labels": ""} if record.get("method") == "rft" else {}  # from scores alone, whatever labels it has
+        rows[name.removeprefix("policy-")] = {**missing, **record, **between, **learned}
     return rows
 
 
