@@ -16,6 +16,7 @@ from ziprc.config.icl_v import Guide
 from ziprc.config.load import Config
 from ziprc.errors import UserError
 from ziprc.evaluation.critic.guidance import guided_record
+from ziprc.evaluation.critic.students import KL_ROLLOUTS
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.tokenizer import load_tokenizer
@@ -164,6 +165,19 @@ def test_students_are_compared_with_the_base_on_held_out_prompts(experiment: Wor
     value = policies["policy-kl"]["accuracy"]["value"] - policies["base"]["accuracy"]["value"]
     assert gap["base"]["accuracy"]["value"] == pytest.approx(value, abs=2e-6)
     assert all(policies[f"policy-{name}"]["kl"]["value"] > 0 for name in METHOD_NAMES)
+    student, base = (load_model(experiment.layout.checkpoint(name)) for name in ("policy-rft", "base"))
+    answered = ROLLOUTS.read(experiment.layout.table("rollouts", "test-policy-rft")).to_pylist()
+    nats = []
+    for row in [row for row in answered if row["sample_index"] < KL_ROLLOUTS]:
+        ids = torch.tensor([row["prompt_token_ids"] + row["response_token_ids"][:-1]])
+        with torch.inference_mode():
+            p, q = (
+                of(ids).logits[0, len(row["prompt_token_ids"]) - 1 :, :261].log_softmax(-1) for of in (student, base)
+            )
+        nats.append((p.exp() * (p - q)).sum().item())
+    assert policies["policy-rft"]["kl"]["value"] == pytest.approx(np.mean(nats), rel=1e-4), (
+        "of the student from the base"
+    )
     own = found["labels"]["train"]
     assert own["states"] < own["candidates"] and 0 < own["choice"] < 1
     assert set(found["choosing"]) == {"mean", "majority", "oracle", "critic/0", "critic/3"}
