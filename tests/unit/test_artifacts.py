@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,21 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path: Path) -> None:
     with output_lock(target):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert second.returncode != 0 and "is being written by another process" in second.stderr
+
+
+def test_a_child_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    child = 0
+    try:
+        with output_lock(tmp_path / "t.parquet"):
+            child = os.fork()
+            if not child:
+                signal.pause()  # as between fork and exec, with a copy of every open file
+        with output_lock(tmp_path / "t.parquet"):
+            pass
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_the_same_content_gives_the_same_manifest(tmp_path: Path) -> None:

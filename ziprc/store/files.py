@@ -62,7 +62,8 @@ def disk_errors_explained(home: Path) -> Iterator[None]:
 def output_lock(target: Path) -> Iterator[None]:
     """Hold the exclusive right to write `target`; the kernel releases it when the process dies.
 
-    Raises UserError when another live process is writing the same output.
+    It is given back by word, not by closing the file alone: a child that another thread has just forked holds a copy of the
+    open file until it runs its own program. Raises UserError when another live process is writing the same output.
     """
     lock = target.parent / f".{target.name}.lock"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,10 @@ def output_lock(target: Path) -> Iterator[None]:
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
