@@ -117,13 +117,15 @@ def test_a_response_that_was_cut_is_closed_and_its_length_is_a_lower_bound() -> 
 
 def test_units_beyond_the_packs_teach_the_reward_alone_and_ends_weigh_more() -> None:
     data = pack_data(THREE, [[0, 1], [2, 1]], TOKENIZER, TrainCritic(end_weight=1), GRID)
-    whole, reward = (data.batch(np.array([i])) for i in (1, 3))
+    whole, reward, end = (data.batch(np.array([i])) for i in (1, 3, 5))
     assert (whole["input_ids"] == reward["input_ids"]).all() and (whole["reward_bin"] == reward["reward_bin"]).all()
     assert reward["censored"].all() and not reward["length_bin"].any() and not whole["censored"].any()
     sizes = [len(THREE[i].response) + 1 for i in (2, 1)]
     assert whole["count"] == whole["weight"].sum() == pytest.approx(2 * sum(sizes), abs=2)
     first = whole["weight"][: sizes[0]]
     assert (first[:-2] == 1).all() and (first[-2:] == 1 + round(sizes[0] / 2)).all()
+    assert all((end[name] == reward[name]).all() for name in reward if name not in ("weight", "count"))
+    assert end["weight"].tolist() == [i for size in sizes for i in [0] * (size - 2) + [1, 1]] and end["count"] == 4
 
 
 def test_training_counts_a_state_by_its_weight(tmp_path: Path) -> None:
@@ -246,10 +248,11 @@ def test_rollouts_without_a_score_are_counted_and_cut_ones_score_nothing(tmp_pat
     assert without == 1 and len(found) == 15 and rows[finished]["rollout_id"] not in {r.rollout_id for r in found}
 
 
-def test_the_first_steps_learn_the_reward_alone_and_the_last_ones_the_length_too(
+def test_the_first_steps_learn_the_reward_at_the_end_and_the_last_ones_the_length_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {**SETTINGS["train_critic"], "folds": 1, "batch_size": 2, "epochs": 2, "joint_share": 0.25}
+    own = {**SETTINGS["train_critic"], "folds": 1, "batch_size": 2, "epochs": 2}
+    own |= {"end_share": 0.25, "joint_share": 0.5}
     world = World(Config.model_validate({**SETTINGS, "train_critic": own}), Layout(tmp_path, "tiny"))
     tiny_checkpoint(world.layout.checkpoint("base"), joint=False)
     tiny_tables(world.layout, "train", prompts=12, samples=4, unfinished=0)
@@ -257,5 +260,6 @@ def test_the_first_steps_learn_the_reward_alone_and_the_last_ones_the_length_too
     monkeypatch.setattr(train_critic, "train", lambda *arguments: given.append(arguments[4]) or "done")
     train_critic.run(world.context("train_critic", "critic"))
     (batches,) = given
-    steps = [bool(batches[i * batches.order.slots]["censored"].all()) for i in range(batches.order.steps)]
-    assert steps == [True] * 9 + [False] * 3, "two passes over twelve packs, two a step; the last quarter is joint"
+    steps = [batches[i * batches.order.slots] for i in range(batches.order.steps)]
+    assert [bool(step["censored"].all()) for step in steps] == [True] * 6 + [False] * 6
+    assert [bool((step["weight"] == 0).any()) for step in steps] == [True] * 3 + [False] * 9

@@ -39,6 +39,9 @@ class TrainCritic(Optimisation):
     folds: int = Field(2, ge=1, description="critics, each trained without its part of the prompts; 1: one, on all")
     epochs: float = Field(1.0, gt=0, description="passes over the rollouts, each in new packs")
     batch_size: int = Field(8, ge=1, description="packs per optimiser step, over all devices")
+    end_share: float = Field(
+        0.25, ge=0, lt=1, description="share of the steps, the first, that learn the reward at the end alone"
+    )
     joint_share: float = Field(
         0.35, gt=0, le=1, description="share of the steps, the last, that learn reward and length; before: reward alone"
     )
@@ -54,6 +57,12 @@ class TrainCritic(Optimisation):
     def _published_feedback(self) -> TrainCritic:
         if self.layout == "legacy" and self.feedback not in LEGACY_KINDS:
             raise ValueError(f"layout legacy knows the feedback {', '.join(LEGACY_KINDS)}, found {self.feedback}")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_of_one_run(self) -> TrainCritic:
+        if self.end_share + self.joint_share > 1:
+            raise ValueError(f"end_share {self.end_share} and joint_share {self.joint_share} are more than all steps")
         return self
 
 

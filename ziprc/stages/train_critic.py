@@ -1,7 +1,8 @@
 """train_critic: critics that learn in context, `critic` or cross-fitted `critic-fold<i>`, each from the base.
 
-`critic-fold<i>` sees no prompt of fold i. The first steps learn the reward alone (any length is right), the last ones reward
-and length: with both from the start the length drowns what siblings say about the reward.
+`critic-fold<i>` sees no prompt of fold i. The first steps learn the reward at the end of a rollout alone, where the siblings'
+answers tell it; the next ones that of every state (any length is right), the last ones reward and length. With every state
+from the start, whether a critic finds out whose answer was right is a matter of luck; with the length, too, it drowns.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def run(context: Context) -> str:
     micro = max(1, runtime.forward_tokens // int(lengths.max()))
     share = own.epochs / np.ceil(own.epochs)
     order = order_by_count(lengths, own.batch_size, micro, world, share, -1, seed, "train_critic")
-    joint_from = round(order.steps * (1 - own.joint_share)) * order.slots
+    until = [round(order.steps * part) * order.slots for part in (own.end_share, 1 - own.joint_share)]
+    phases = [sum(i < end for end in until) * len(data) for i in range(len(order.micro_batches))]
     order = dataclasses.replace(
-        order,
-        micro_batches=[p + len(data) * (i < joint_from) for i, p in enumerate(order.micro_batches)],
+        order, micro_batches=[picked + phase for picked, phase in zip(order.micro_batches, phases, strict=True)]
     )
 
     def trainee(model: PreTrainedModel) -> Trainee:

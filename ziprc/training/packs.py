@@ -195,7 +195,8 @@ def require_kind(folder: Path, kind: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class PackData:
-    """N packs as training data. Unit i < N is pack i; unit N + i the same pack, of which only the rewards are learned.
+    """N packs as training data. Unit i < N is pack i; unit N + i the same pack, of which only the rewards are learned, and
+    unit 2N + i the same, of which only those of the last states of a rollout are.
 
     Of the M rollouts in packs: `members` say which (numbers in the list that packs were made of), `first` where in `tokens`
     the state before their first token is, `lengths` how many tokens they have.
@@ -229,17 +230,18 @@ class PackData:
 
     def batch(self, picked: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask [B, T], padded on the right; positions in [B·T] and labels of P states, with weights."""
-        pack, reward_only = picked % len(self), picked >= len(self)
+        pack, phase = picked % len(self), picked // len(self)
         inputs, own = self.input_lengths()[pack], self.rollouts_of(pack)
         row = np.repeat(np.arange(len(pack)), np.diff(self.segments)[pack])
         if self.learned is not None:
             own, row = own[self.learned[own]], row[self.learned[own]]
         start = row * inputs.max() + self.first[own] - self.offsets[pack][row]
         counts = self.lengths[own] + 1 - self.skip
-        inside, any_length = self.skip + within(counts), np.repeat(reward_only[row], counts)
+        inside, phase = self.skip + within(counts), np.repeat(phase[row], counts)
         remaining = np.repeat(self.lengths[own], counts) - inside
         extra = np.rint(self.end_weight * counts / np.minimum(counts, END_STATES)).astype(np.int64)
-        weight = 1 + np.where(remaining < END_STATES, np.repeat(extra, counts), 0)
+        at_end, any_length = remaining < END_STATES, phase > 0
+        weight = np.where(phase == 2, at_end, 1 + np.where(at_end, np.repeat(extra, counts), 0))
         batch: dict[str, Any] = {
             **padded(self.tokens, self.offsets[pack], inputs),
             "positions": np.repeat(start, counts) + inside,
