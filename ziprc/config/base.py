@@ -29,6 +29,7 @@ class Sampling(Section):
     top_k: int = Field(0, ge=0, description="tokens that are kept; 0: every one")
 
 
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # of what a user adds to a list; part of file names
 OptimizerName = Annotated[
     Literal["adamw", "muon"],
     Field(description="muon: for the hidden matrices, with AdamW for embeddings, output matrix and norms"),

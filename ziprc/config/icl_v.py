@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from ziprc.config.base import Increasing, Optimisation, Section, Unit
+from ziprc.config.base import Increasing, Name, Optimisation, Section, Unit
 
 FeedbackKind = Literal["full", "no_rewards", "first_reward_only", "so_far", "answer"]
 Method = Literal["kl", "rft", "awr", "dpo", "grpo", "ppo"]
@@ -79,9 +79,6 @@ class QValues(Section):
     prompts: int | None = Field(None, ge=1, description="prompts that are labelled, the first ones; null: all")
     min_correct_rate: Unit = Field(0.0, description="least share of right rollouts of a prompt that is labelled")
     min_incorrect_rate: Unit = Field(0.0, description="least share of wrong rollouts of a prompt that is labelled")
-
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 
 class Tilted(Section):

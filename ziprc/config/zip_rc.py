@@ -7,18 +7,32 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from ziprc.config.base import Increasing, Optimisation, Positive, Section, Unit
+from ziprc.config.base import Increasing, Name, Optimisation, Positive, Section, Unit
 
 # What can run live on an engine, by the names of their tables.
 LivePolicy = Literal["zip-rc-plus", "zip-rc-plus-branching", "zip-rc-plus-wide", "zip-rc", "majority"]
 LIVE_POLICIES: tuple[str, ...] = get_args(LivePolicy)
+TAKEN = (
+    "ziprc",
+    "lite",
+    "base",
+    "many",
+    "probe",
+    "logprob",
+    "length",
+    "constant",
+)  # names of other predictors and tables
 Budgets = Annotated[tuple[Positive, ...], Field(min_length=1), Increasing]  # in mean lengths of one plain sample
 
 
 class Head(Optimisation):
     """One joint head: its label, its loss and its optimiser."""
 
-    label: Literal["score", "value"] = Field("score", description="what is learned: grades, or the critics' values")
+    label: Literal["score", "value", "critic", "trie"] = Field(
+        "score",
+        description="the reward that is learned: of a whole response, its grade or the critics' value; of every token, what "
+        "a critic in context, or the tree of the siblings' prefixes, expects there (qvalues)",
+    )
     reward_centres: Annotated[tuple[Unit, ...], Field(min_length=2), Increasing] = Field(
         (0.0, 1.0), description="centres of the reward bins, increasing"
     )
@@ -58,6 +72,7 @@ class TrainJoint(Section):
         description="the final head",
     )
     lite: Head | None = Field(None, description="another final head, usually of the reserved rows alone; null: none")
+    rivals: dict[Name, Head] = Field({}, description="more final heads, by name, that are compared with ziprc")
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +83,22 @@ class TrainJoint(Section):
         beneath = {key: value for key, value in given["defaults"].items() if key in Head.model_fields}
         own = {"noisy": {}, "ziprc": cls.model_fields["ziprc"].default.model_dump(exclude_unset=True), **given}
         heads = {name: own.get(name) for name in ("noisy", "ziprc", "lite")}
-        return {**given, **{name: {**beneath, **head} for name, head in heads.items() if isinstance(head, Mapping)}}
+        found = {**given, **{name: {**beneath, **head} for name, head in heads.items() if isinstance(head, Mapping)}}
+        if isinstance(rivals := given.get("rivals"), Mapping):
+            found["rivals"] = {n: {**beneath, **h} if isinstance(h, Mapping) else h for n, h in rivals.items()}
+        return found
+
+    @model_validator(mode="after")
+    def _names_of_their_own(self) -> TrainJoint:
+        if taken := [name for name in self.rivals if name in TAKEN or name.startswith("noisy")]:
+            raise ValueError(f"rivals: '{taken[0]}' is the name of something else; name it otherwise")
+        return self
+
+    def head(self, key: str) -> Head:
+        """The settings under a key: of one of the heads, or `rivals.<name>`."""
+        name = key.removeprefix("rivals.")
+        found: Head = getattr(self, key) if name == key else self.rivals[name]
+        return found
 
 
 class Values(Section):

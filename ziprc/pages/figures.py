@@ -93,13 +93,15 @@ def over_moments(metric: str, title: str, prediction: Mapping[str, Any], moments
 
 
 def _lines(axes: Axes, metric: str, title: str, prediction: Mapping[str, Any], moments: Sequence[str]) -> None:
-    names = [name for name in COLOURS if name in prediction and name != "constant"]
+    rivals = [name for name in prediction if name not in COLOURS]
+    names = [*(name for name in COLOURS if name in prediction and name != "constant"), *rivals]
+    colours = COLOURS | {name: f"C{i}" for i, name in enumerate(rivals)}
     for i, name in enumerate(names):
         found = [(k, prediction[name][m][metric]) for k, m in enumerate(moments)]
         records = [r for _, r in found if r["value"] is not None]
         at = np.array([k for k, r in found if r["value"] is not None]) + (i - len(names) / 2) * 0.05
         axes.errorbar(
-            at, [r["value"] for r in records], yerr=_bars(records), label=name, color=COLOURS[name],
+            at, [r["value"] for r in records], yerr=_bars(records), label=name, color=colours[name],
             marker="o", markersize=3.5, linewidth=2 if name == "ziprc" else 1, elinewidth=0.8,
         )  # fmt: skip
     axes.axhline(0.5, **DASHED)

@@ -1,4 +1,4 @@
-"""train_joint: the joint heads `noisy` (or cross-fitted, `noisy-fold<i>`), `ziprc` and `lite`, each from the base.
+"""train_joint: the joint heads `noisy` (or cross-fitted, `noisy-fold<i>`), `ziprc`, `lite` and rivals, each from the base.
 
 `noisy-fold<i>` sees only rollouts of prompts outside fold i. All heads start at the same row of the output matrix.
 """
@@ -19,6 +19,7 @@ from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import manifest_digests
 from ziprc.tables.grades import GRADES
+from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
 from ziprc.tables.values import VALUES
 from ziprc.training.data import outside_fold, rollout_data
@@ -30,7 +31,8 @@ from ziprc.training.trainer import train
 
 def run(context: Context) -> str:
     config, name, of, sources = context.config, context.name, context.variant, context.reads
-    section, head, runtime = config.train_joint, getattr(config.train_joint, of.key), config.runtime
+    section, runtime = config.train_joint, config.runtime
+    head = section.head(of.key)
     base, labels = sources["base"], of.labels.stage
     seed = derived_seed(config.seed, "train_joint", name)
 
@@ -40,7 +42,7 @@ def run(context: Context) -> str:
     joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
 
     rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), of.fold)
-    answers = {"grades": GRADES, "values": VALUES}[labels].read(sources[labels])
+    answers = {"grades": GRADES, "values": VALUES, "qvalues": QVALUES}[labels].read(sources[labels])
     data = rollout_data(rollouts, answers, head, grid, "train_joint", section.thinking_only)
     order = order_by_count(
         data.input_lengths(), head.batch_size, runtime.rollouts_per_device, world_size(), head.epochs, head.max_steps,

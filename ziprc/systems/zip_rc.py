@@ -51,6 +51,14 @@ class ValuesOf:
     cross_fitted: bool
 
 
+LABELS = {  # what a head learns from
+    "score": Ref("grades", "train"),
+    "value": Ref("values", "train"),
+    "critic": Ref("qvalues", "train"),
+    "trie": Ref("qvalues", "train-trie"),
+}
+
+
 def head(name: str) -> Ref:
     return Ref("train_joint", name)
 
@@ -65,9 +73,14 @@ def critics(config: Config) -> dict[str, HeadOf]:
 
 
 def judged_heads(config: Config) -> dict[str, HeadOf]:
-    """The heads that are judged: `ziprc` and, if asked for, `lite`."""
-    names = ["ziprc", *(["lite"] if config.train_joint.lite else [])]
-    return {name: HeadOf(name, _labels(config, name)) for name in names}
+    """The heads that are judged: `ziprc` and, if asked for, `lite` and rivals."""
+    own = config.train_joint
+    keys = {
+        "ziprc": "ziprc",
+        **({"lite": "lite"} if own.lite else {}),
+        **{name: f"rivals.{name}" for name in own.rivals},
+    }
+    return {name: HeadOf(key, _labels(config, key)) for name, key in keys.items()}
 
 
 def heads(config: Config) -> dict[str, HeadOf]:
@@ -75,7 +88,7 @@ def heads(config: Config) -> dict[str, HeadOf]:
 
 
 def _labels(config: Config, key: str) -> Ref:
-    return Ref({"score": "grades", "value": "values"}[getattr(config.train_joint, key).label], "train")
+    return LABELS[config.train_joint.head(key).label]
 
 
 def rollouts(config: Config) -> dict[str, RolloutsOf]:
@@ -137,7 +150,8 @@ def evaluated(config: Config) -> dict[str, Ref]:
 
 def evaluate_params(config: Config) -> list[str]:
     """Whose answers are compared, and what it says about the training of the heads and of the base."""
-    counted = [f"train_joint.{n}.{key}" for n in judged_heads(config) for key in ("epochs", "max_steps", "batch_size")]
+    heads, said = judged_heads(config).values(), ("epochs", "max_steps", "batch_size")
+    counted = [f"train_joint.{of.key}.{key}" for of in heads for key in said]
     return ["evaluate", "prompts.task", *counted, "train_joint.ziprc.unfinished", "base.model", "base.tokens"]
 
 

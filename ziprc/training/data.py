@@ -127,9 +127,13 @@ class TextData(Sequences):
 
 @dataclass(frozen=True)
 class RolloutData(Sequences):
-    """For the joint head: at every labelled state a reward bin, a length bin, and whether the length is censored."""
+    """For the joint head: at every labelled state a reward bin, a length bin, and whether the length is censored.
+
+    `reward_bin` is one a rollout [N], or, where `first` says at which the states of each begin, one a state.
+    """
 
     reward_bin: NDArray[np.int64]
+    first: NDArray[np.int64] | None
     censored: NDArray[np.bool_]
     grid: BinGrid
     head: Head
@@ -141,22 +145,24 @@ class RolloutData(Sequences):
     def labels(self, picked: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         responses = (self.lengths - self.prompt_lengths)[picked]
         remaining = np.repeat(responses, counts) - within(counts) - int(self.head.legacy_off_by_one)
-        reward_bin, censored = (np.repeat(of[picked], counts) for of in (self.reward_bin, self.censored))
+        censored, row = np.repeat(self.censored[picked], counts), np.repeat(picked, counts)
+        reward_bin = self.reward_bin[row if self.first is None else self.first[row] + within(counts)]
         return {"reward_bin": reward_bin, "length_bin": self.grid.length_bin(remaining), "censored": censored}
 
 
 def rollout_data(
     rollouts: pa.Table, labels: pa.Table, head: Head, grid: BinGrid, section: str, thinking_only: bool = False
 ) -> RolloutData:
-    """Join rollouts with grades (label=score) or values (label=value) and say what each rollout teaches.
+    """Join rollouts with grades (label=score), values (label=value) or qvalues and say what each rollout teaches.
 
+    A label of every state knows itself what became of capped rollouts, so `unfinished: zero` changes it nowhere.
     Left out and counted: rollouts without a label, aborted ones, ungraded ones, those without thinking when only
     thinking is wanted, those whose prompt alone fills `max_length`, and capped ones when `unfinished` is drop.
     Raises UserError when a rollout has several labels, and, naming the section of the configuration, when nothing is left.
     """
     one_a_rollout(labels, "The labels")
     row = pc.index_in(rollouts["rollout_id"], value_set=labels["rollout_id"].combine_chunks())
-    label = labels[head.label].take(row).fill_null(0.0).to_numpy()
+    by_state = head.label in ("critic", "trie")
     finish = rollouts["finish_reason"].to_numpy()
     capped = unfinished = finish == FinishReason.LENGTH
     ungraded = np.zeros(len(rollouts), dtype=bool)
@@ -182,9 +188,22 @@ def rollout_data(
             f"No rollout is left to train on: of {len(rollouts)}, left out {dropped or 'none'}. Check "
             f"{section}'s thinking_only, unfinished and max_length, and the grades."
         )
-    reward = grid.reward_bin(np.where(unfinished & (head.unfinished != "drop"), 0.0, label)[kept])
+    label = labels["values" if by_state else head.label].take(row.filter(pa.array(kept)))
+    capped, unfinished = capped[kept], unfinished[kept]
+    if by_state:
+        states = pc.list_value_length(label).to_numpy()
+        first, value, without = (
+            np.cumsum(states) - states,
+            pc.list_flatten(label).to_numpy(),
+            np.repeat(unfinished, states),
+        )
+    else:
+        first, value, without = None, np.where(unfinished, 0.0, label.fill_null(0.0).to_numpy()), unfinished
+    reward = grid.reward_bin(value)
     if head.unfinished == "ignore":
-        reward = np.where(unfinished[kept], ANY_REWARD, reward)
-    censored = capped[kept] & (head.censored == "survival")
+        reward = np.where(without, ANY_REWARD, reward)
     own = sequences_from_table(rollouts.filter(pa.array(kept)))
-    return RolloutData(**vars(own), reward_bin=reward, censored=censored, grid=grid, head=head, dropped=dropped)
+    return RolloutData(
+        **vars(own), reward_bin=reward, first=first, censored=capped & (head.censored == "survival"), grid=grid, head=head,
+        dropped=dropped,
+    )  # fmt: skip
