@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +35,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_checkpoint(home / "base", joint=False), tiny_checkpoint(home / "critic", seed=3, grid=GRID)
 
 
-def answers(
-    folders: tuple[Path, Path], eta: float, tilt: Tilt = Tilt.EXP, stops: frozenset[int] = STOPS
-) -> list[GuidedResponse]:
+def decoder(folders: tuple[Path, Path], eta: float, tilt: Tilt = Tilt.EXP, stops: frozenset[int] = STOPS) -> Guided:
     base, critic = folders
-    guided = Guided(
+    return Guided(
         load_model(base), JointReader.open(critic), TEXT, SAMPLING, stops,
         lambda q, cells: log_weight(tilt, q, eta, 0.01, cells, GRID),
     )  # fmt: skip
-    return guided.respond(PROMPT, CONTEXT, SEEDS, MOST)
+
+
+def answers(
+    folders: tuple[Path, Path], eta: float, tilt: Tilt = Tilt.EXP, stops: frozenset[int] = STOPS
+) -> list[GuidedResponse]:
+    (found,) = decoder(folders, eta, tilt, stops).respond([PROMPT], [CONTEXT], [SEEDS], MOST)
+    return found
 
 
 def test_without_a_tilt_the_samples_are_those_of_the_engine(folders: tuple[Path, Path]) -> None:
@@ -84,6 +89,19 @@ def test_every_token_is_drawn_from_the_reference_tilted_by_what_the_critic_says_
             after -= np.logaddexp.reduce(after)
             kl += float((np.exp(after) * (after - before)).sum())
         assert response.kl == pytest.approx(kl, rel=2e-2, abs=1e-4) and kl > 1e-7
+
+
+def test_prompts_answered_at_once_are_answered_as_each_alone(folders: tuple[Path, Path]) -> None:
+    guided = decoder(folders, 0.002)
+    asked = [(PROMPT, CONTEXT, SEEDS), ([7], [7], (11, 12)), ([2, 4, 6, 8, 5], [3] * 17, (21, 22, 23))]
+    alone = [guided.respond(*([of] for of in one), MOST)[0] for one in asked]
+    ends = [max(len(of.token_ids) for of in found) for found in alone]
+    assert len(set(ends)) > 1, "prompts that are done leave the batch before others"
+    for order in itertools.permutations(range(3)):
+        together = guided.respond(*zip(*(asked[i] for i in order), strict=True), MOST)
+        for i, found in zip(order, together, strict=True):
+            assert [of.token_ids for of in found] == [of.token_ids for of in alone[i]]
+            assert [of.kl for of in found] == pytest.approx([of.kl for of in alone[i]], rel=1e-3, abs=1e-7)
 
 
 def test_a_response_ends_at_its_cap(folders: tuple[Path, Path]) -> None:

@@ -84,23 +84,30 @@ def run(context: Context) -> str:
     read = contexts(rollouts, groups, guide, context, Turns(tokenizer, config.train_critic.layout))
     pieces = context.pieces(GUIDED, cut(len(groups), PIECE_PROMPTS))
     missing = {number: range(*pieces.parts[number]) for number in pieces.missing()}
+    longest = max(map(len, read)) + own.samples * asked.max_new_tokens  # places of one prompt's row
+    together = max(1, config.runtime.forward_tokens // longest)
+
+    def answered(prompts: Sequence[int]) -> pa.Table:
+        """Rows of these prompts, which are answered at once."""
+        firsts = [rollouts[groups[p][0]] for p in prompts]
+        seeds = [[derived_seed(config.seed, "guided", of.prompt_id, n) for n in range(own.samples)] for of in firsts]
+        asked_for = [of.prompt.tolist() for of in firsts]
+        made = decoder.respond(asked_for, [read[p].tolist() for p in prompts], seeds, asked.max_new_tokens)
+        wanted = [
+            Wanted(of.prompt_id, of.thinking, n, seed, tuple(ids))
+            for of, ids, drawn in zip(firsts, asked_for, seeds, strict=True) for n, seed in enumerate(drawn)
+        ]  # fmt: skip
+        responses = [response for of in made for response in of]
+        answers = [Response("", response.token_ids, response.finish_reason) for response in responses]
+        kl = pa.array([response.kl for response in responses], pa.float32())
+        return rollout_table(wanted, answers, context.name, tokenizer).append_column(GUIDED.columns.field("kl"), kl)
+
     with progress(sum(map(len, missing.values())), f"guided {context.name}", "prompts") as bar:
         for number, part in missing.items():
             tables = []
-            for p in part:
-                first = rollouts[groups[p][0]]
-                seeds = [derived_seed(config.seed, "guided", first.prompt_id, n) for n in range(own.samples)]
-                made = decoder.respond(first.prompt.tolist(), read[p].tolist(), seeds, asked.max_new_tokens)
-                wanted = [
-                    Wanted(first.prompt_id, first.thinking, n, seed, tuple(first.prompt.tolist()))
-                    for n, seed in enumerate(seeds)
-                ]
-                answers = [Response("", one.token_ids, one.finish_reason) for one in made]
-                table = rollout_table(wanted, answers, context.name, tokenizer)
-                tables.append(
-                    table.append_column(GUIDED.columns.field("kl"), pa.array([one.kl for one in made], pa.float32()))
-                )
-                bar.update(1)
+            for start, end in cut(len(part), together):
+                tables.append(answered(part[start:end]))
+                bar.update(end - start)
             pieces.write(number, pa.concat_tables(tables))
     rows = pieces.merge(context.target)
     context.write_manifest()
