@@ -14,7 +14,7 @@ from ziprc.evaluation.critic.labels import critic_labels
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.readout import TokenPair
 from ziprc.reading import leaves
-from ziprc.reading.leaves import trunk_and_leaves
+from ziprc.reading.leaves import trunk_and_branches, trunk_and_leaves
 from ziprc.reading.logits import Candidates, candidates
 from ziprc.reading.states import JointReader
 from ziprc.store.layout import Layout
@@ -40,6 +40,21 @@ def test_a_leaf_is_the_state_of_a_sequence_that_ends_in_it(monkeypatch: pytest.M
             sequence = torch.cat([trunk[row, : before[row, n]], tried[row, n : n + 1]])[None]
             alone = model.base_model(sequence).last_hidden_state[0, -1]
             torch.testing.assert_close(tips[row, n], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cells", [leaves.MASK_CELLS, 600])
+def test_a_branch_has_the_states_of_a_sequence_that_goes_on_so(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(leaves, "MASK_CELLS", cells)  # 600: one or two branches at a time
+    model, rng = tiny_model(TOKENIZER), torch.Generator().manual_seed(2)
+    trunk = torch.randint(0, TEXT, (30,), generator=rng)
+    branches = [
+        (before, torch.randint(0, TEXT, (m,), generator=rng)) for before, m in ((30, 9), (1, 4), (17, 1), (30, 12))
+    ]
+    found = trunk_and_branches(model, trunk, branches)
+    for (before, ids), states in zip(branches, found, strict=True):
+        with torch.inference_mode():
+            alone = model.base_model(torch.cat([trunk[:before], ids])[None]).last_hidden_state[0, before - 1 :]
+        torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_trunk_without_leaves() -> None:

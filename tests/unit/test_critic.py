@@ -26,8 +26,9 @@ from ziprc.systems.icl_v import check_packs
 from ziprc.tables.grades import GRADES
 from ziprc.tables.qvalues import QVALUES
 from ziprc.tables.rollouts import ROLLOUTS
-from ziprc.training.objectives.joint import JointLabels, slice_cross_entropy
+from ziprc.training.objectives.joint import JointLabels, slice_cross_entropy, state_losses
 from ziprc.training.packs import Graded, graded_rollouts, pack_data
+from ziprc.training.trainees import labels_of
 
 PRIOR = Prior(0.25, 2.0)
 
@@ -187,9 +188,10 @@ def test_what_a_critic_expects_is_read_at_the_states_of_the_last_rollout(experim
     rollouts, _ = graded_rollouts(
         *(schema.read(layout.table(schema.name, "test")) for schema in (ROLLOUTS, GRADES)), where="grades"
     )
-    packs = [[0, 1, 2, 4], [3], [5, 8]]
+    packs = [[0, 1, 2, 4], [0, 4], [3], [0, 1, 3], [1, 0, 2], [5, 8]]  # some begin alike
     data = pack_data(rollouts, packs, tokenizer, config.train_critic, readers[0].joint.grid)
     together, _ = expected_scores(readers, data, 10_000, "both")
+    _, nats = expected_scores(readers[:1], data, 10_000, "one")
     alone = [expected_scores([reader], data, 200, "one")[0] for reader in readers]
     assert np.abs(alone[0] - alone[1]).max() > 1e-4
     np.testing.assert_allclose(together, np.mean(alone, 0), atol=1e-6)
@@ -201,15 +203,25 @@ def test_what_a_critic_expects_is_read_at_the_states_of_the_last_rollout(experim
             right = logits.softmax(-1).unflatten(-1, (2, -1)).sum(-1)[:, 1].numpy()
             m = len(rollouts[pack[-1]].response)
             states = [len(right) - 1 - m + int(m * share) for share in MOMENTS.values()]
+            if not number:
+                losses = state_losses(
+                    logits.unflatten(-1, (2, -1))[-m - 1 :], _last(labels_of(data.batch(np.array([row]))), m)
+                )
+                assert nats[row] == pytest.approx(losses.mean().item(), rel=1e-5)
             np.testing.assert_allclose(alone[number][row], right[states], atol=1e-5)
+
+
+def _last(labels: JointLabels, m: int) -> JointLabels:
+    """Those of the last m + 1 states."""
+    return JointLabels(*(of[-m - 1 :] for of in (labels.reward_bin, labels.length_bin, labels.censored)))
 
 
 def test_shuffled_scores_stay_among_the_siblings() -> None:
     rollouts = [rollout([1], score) for score in (1.0, 0.0, 0.25, 0.5)]
-    packs = [[0, 1, 2, 3]] * 20
-    found = shuffled(rollouts, packs, np.random.default_rng(0))
-    assert all(sorted(own[:-1]) == [0.0, 0.25, 1.0] and own[-1] == 0.5 for own in found)
-    assert len({tuple(own) for own in found}) > 3
+    found = [shuffled(rollouts, [[0, 1, 2, 3], [0, 1, 2, 0]], np.random.default_rng(seed)) for seed in range(20)]
+    for own, other in found:
+        assert sorted(own[:-1]) == [0.0, 0.25, 1.0] and own[-1] == 0.5 and other == [*own[:-1], 1.0]
+    assert len({tuple(own) for own, _ in found}) > 3
 
 
 def test_the_page_shows_the_curve_and_what_did_not_work(experiment: World) -> None:

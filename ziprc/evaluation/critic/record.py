@@ -35,14 +35,16 @@ from ziprc.evaluation.critic.siblings import Prior, answer_lookup, sibling_mean,
 from ziprc.evaluation.critic.students import students_record
 from ziprc.evaluation.outcomes import MOMENTS
 from ziprc.joint.distribution import JointDistribution
-from ziprc.joint.readout import batches_by_tokens, slice_weight
+from ziprc.joint.readout import slice_weight
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.progress import progress
+from ziprc.reading.leaves import trunk_and_branches
 from ziprc.reading.states import JointReader
 from ziprc.store.digests import derived_seed
 from ziprc.tables.grades import GRADES
 from ziprc.tables.rollouts import ROLLOUTS
-from ziprc.training.objectives.joint import state_losses
+from ziprc.training.data import within
+from ziprc.training.objectives.joint import JointLabels, state_losses
 from ziprc.training.packs import (
     Graded,
     PackData,
@@ -53,7 +55,6 @@ from ziprc.training.packs import (
     packs_to_judge,
     require_kind,
 )
-from ziprc.training.trainees import labelled, labels_of
 
 SHARES = np.array(list(MOMENTS.values()))
 COMPARED = ("auroc", "within_prompt_auroc", "brier", "log_loss")
@@ -62,20 +63,51 @@ Said = dict[str, NDArray[np.float64]]  # by predictor [n, M]
 
 
 @torch.inference_mode()
-def read_packs(
+def read_last(
     reader: JointReader, data: PackData, budget: int, name: str
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-    """Yield (pack, cells [P, R·L], loss [P] in nats) for every pack, its states in the order of its rollouts."""
-    weight = slice_weight(reader.model, reader.joint).float()
+    """Of the last rollout of every pack, m tokens long: (pack, cells [m + 1, R·L], loss [m + 1] in nats).
+
+    Packs that begin alike are read at once: what they have read of siblings goes through the model a single time.
+    """
+    weight, device = slice_weight(reader.model, reader.joint).float(), reader.model.device
+    last = data.segments[1:] - 1
+    before, lengths = data.first[last] + 1 - data.offsets[:-1], data.lengths[last]
+
+    def ids(start: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(data.tokens[start : start + count].astype(np.int64)).to(device)
+
     with progress(len(data), name, "packs") as bar:
-        for picked in batches_by_tokens(data.input_lengths().tolist(), budget):
-            batch = {key: value.to(reader.model.device) for key, value in data.batch(np.array(picked)).items()}
-            logits = labelled(reader.model, batch).float() @ weight.T
-            loss = state_losses(logits.unflatten(-1, (data.grid.R, data.grid.L)), labels_of(batch))
-            ends = np.cumsum([(data.lengths[data.rollouts_of(np.array([i]))] + 1).sum() for i in picked])[:-1]
-            cells = np.split(logits.softmax(-1).cpu().numpy(), ends)
-            yield from zip(picked, cells, np.split(loss.cpu().numpy(), ends), strict=True)
-            bar.update(len(picked))
+        for packs in sharing(data, before, lengths, budget):
+            longest = packs[int(np.argmax(before[packs]))]
+            trunk = ids(data.offsets[longest], before[longest])
+            branches = [(int(before[i]), ids(data.offsets[i] + before[i], lengths[i])) for i in packs]
+            logits = torch.cat(trunk_and_branches(reader.model, trunk, branches)).float() @ weight.T
+            counts = lengths[packs] + 1
+            remaining = np.repeat(lengths[packs], counts) - within(counts)
+            reward, censored = (np.repeat(of[last[packs]], counts) for of in (data.reward_bin, data.censored))
+            said = (reward, data.grid.length_bin(remaining), censored)
+            labels = JointLabels(*(torch.from_numpy(of).to(device) for of in said))
+            loss = state_losses(logits.unflatten(-1, (data.grid.R, data.grid.L)), labels).cpu().numpy()
+            cells, ends = logits.softmax(-1).cpu().numpy(), np.cumsum(counts)[:-1]
+            yield from zip(packs, np.split(cells, ends), np.split(loss, ends), strict=True)
+            bar.update(len(packs))
+
+
+def sharing(data: PackData, before: NDArray[np.int64], lengths: NDArray[np.int64], budget: int) -> Iterator[list[int]]:
+    """Neighbouring packs of which the first `before` tokens of each begin those of the longest; about `budget` tokens."""
+    group: list[int] = []
+    trunk, tokens = np.zeros(0, np.int32), 0
+    for pack in range(len(data)):
+        own = data.tokens[data.offsets[pack] : data.offsets[pack] + before[pack]]
+        longer, size = max(trunk, own, key=len), min(len(trunk), len(own))
+        more = tokens + int(lengths[pack])
+        if group and (len(longer) + more > budget or not np.array_equal(trunk[:size], own[:size])):
+            yield group
+            group, longer, more = [], own, int(lengths[pack])
+        group, trunk, tokens = [*group, pack], longer, more
+    if group:
+        yield group
 
 
 def expected_scores(
@@ -84,11 +116,10 @@ def expected_scores(
     """Of the last rollout of every pack: [N, M] the score that the critics expect on average, [N] nats a state of the joint."""
     values, nats = np.zeros((len(data), len(SHARES))), np.zeros(len(data))
     for reader in readers:
-        for pack, cells, loss in read_packs(reader, data, budget, name):
-            m = int(data.lengths[data.segments[pack + 1] - 1])
-            expected = JointDistribution(data.grid, cells[-m - 1 :]).expected_reward()
-            values[pack] += expected[np.floor(m * SHARES).astype(np.int64)] / len(readers)
-            nats[pack] += loss[-m - 1 :].mean() / len(readers)
+        for pack, cells, loss in read_last(reader, data, budget, name):
+            expected = JointDistribution(data.grid, cells).expected_reward()
+            values[pack] += expected[np.floor((len(cells) - 1) * SHARES).astype(np.int64)] / len(readers)
+            nats[pack] += loss.mean() / len(readers)
     return values, nats
 
 
@@ -105,9 +136,15 @@ def known_without_a_network(rollouts: Sequence[Graded], packs: Sequence[Sequence
 
 
 def shuffled(rollouts: Sequence[Graded], packs: Sequence[Sequence[int]], rng: np.random.Generator) -> list[list[float]]:
-    """Scores to show in the packs: those of all but the last rollout change places, the last keeps its own."""
-    scores = [[rollouts[i].score for i in pack] for pack in packs]
-    return [[*rng.permutation(own[:-1]).tolist(), own[-1]] for own in scores]
+    """Scores to show in the packs: those of all but the last rollout change places, the last keeps its own.
+
+    The same siblings change places in the same way in every pack.
+    """
+    told: dict[tuple[int, ...], list[float]] = {}
+    for *siblings, _ in packs:
+        if tuple(siblings) not in told:
+            told[tuple(siblings)] = rng.permutation([rollouts[i].score for i in siblings]).tolist()
+    return [[*told[tuple(siblings)], rollouts[target].score] for *siblings, target in packs]
 
 
 def estimates(
