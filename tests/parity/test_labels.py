@@ -51,7 +51,8 @@ def test_a_branch_has_the_states_of_a_sequence_that_goes_on_so(monkeypatch: pyte
         (before, torch.randint(0, TEXT, (m,), generator=rng)) for before, m in ((30, 9), (1, 4), (17, 1), (30, 12))
     ]
     found = trunk_and_branches(model, trunk, branches)
-    for (before, ids), states in zip(branches, found, strict=True):
+    found += trunk_and_branches(model, trunk, branches[2:3])
+    for (before, ids), states in zip([*branches, branches[2]], found, strict=True):
         with torch.inference_mode():
             alone = model.base_model(torch.cat([trunk[:before], ids])[None]).last_hidden_state[0, before - 1 :]
         torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)

@@ -53,8 +53,12 @@ def trunk_and_leaves(model: PreTrainedModel, trunk: Tensor, leaves: Tensor, befo
 def trunk_and_branches(model: PreTrainedModel, trunk: Tensor, branches: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
     """For every branch the states [1 + m, D] behind the trunk's tokens before it and behind each of its own, final norm applied.
 
-    `trunk` [S] ids; a branch is how many tokens of it stand before (one at least), and its own ids [m].
+    `trunk` [S] ids; a branch is how many tokens of it stand before (one at least), and its own ids [m]. One alone needs no mask.
     """
+    if len(branches) == 1:
+        ((before, ids),) = branches
+        whole: Tensor = model.base_model(input_ids=torch.cat([trunk[:before], ids])[None]).last_hidden_state
+        return [whole[0, before - 1 :]]
     cache, size = DynamicCache(config=model.config), len(trunk)
     states = model.base_model(input_ids=trunk[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
     number, found = torch.arange(size, device=trunk.device), []
