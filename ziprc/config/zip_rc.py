@@ -12,16 +12,8 @@ from ziprc.config.base import Increasing, Name, Optimisation, Positive, Section,
 # What can run live on an engine, by the names of their tables.
 LivePolicy = Literal["zip-rc-plus", "zip-rc-plus-branching", "zip-rc-plus-wide", "zip-rc", "majority"]
 LIVE_POLICIES: tuple[str, ...] = get_args(LivePolicy)
-TAKEN = (
-    "ziprc",
-    "lite",
-    "base",
-    "many",
-    "probe",
-    "logprob",
-    "length",
-    "constant",
-)  # names of other predictors and tables
+# Names of other predictors and tables, which no rival may have.
+TAKEN = ("ziprc", "lite", "base", "many", "probe", "logprob", "length", "constant")
 Budgets = Annotated[tuple[Positive, ...], Field(min_length=1), Increasing]  # in mean lengths of one plain sample
 
 

@@ -190,15 +190,13 @@ def rollout_data(
         )
     label = labels["values" if by_state else head.label].take(row.filter(pa.array(kept)))
     capped, unfinished = capped[kept], unfinished[kept]
+    first, value, without = None, label, unfinished
     if by_state:
         states = pc.list_value_length(label).to_numpy()
-        first, value, without = (
-            np.cumsum(states) - states,
-            pc.list_flatten(label).to_numpy(),
-            np.repeat(unfinished, states),
-        )
-    else:
-        first, value, without = None, np.where(unfinished, 0.0, label.fill_null(0.0).to_numpy()), unfinished
+        first, value, without = np.cumsum(states) - states, pc.list_flatten(label), np.repeat(unfinished, states)
+    value = value.fill_null(0.0).to_numpy()
+    if not by_state:
+        value = np.where(unfinished, 0.0, value)
     reward = grid.reward_bin(value)
     if head.unfinished == "ignore":
         reward = np.where(without, ANY_REWARD, reward)
