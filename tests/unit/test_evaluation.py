@@ -18,7 +18,7 @@ import pytest
 import torch
 from markupsafe import escape
 
-from tests.doubles import GRID, World, tiny_experiment
+from tests.doubles import GRID, World, tiny_checkpoint, tiny_experiment
 from ziprc.config.load import Config
 from ziprc.config.shared import Evaluate
 from ziprc.config.zip_rc import Baselines, Samples
@@ -70,6 +70,7 @@ CONFIG = {
         "length_edges": list(GRID.length_edges),
         "ziprc": {"label": "value", "reward_centres": list(GRID.reward_centres), "kl": 10},
         "lite": {"label": "value", "reward_centres": list(GRID.reward_centres), "trainable": "slice"},
+        "rivals": {"graded": {"label": "score", "reward_centres": list(GRID.reward_centres)}},
     },
 }
 POINT = {
@@ -339,10 +340,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A tiny experiment with every stage of this file run on it."""
     layout = Layout(tmp_path_factory.mktemp("results"), "tiny")
     tiny_experiment(layout)
+    tiny_checkpoint(layout.checkpoint("graded"), seed=3)
     world = World(Config.model_validate(CONFIG), layout)
     for name in ("train", "test-many"):
         values.run(world.context("values", name))
-    for name in ("ziprc", "lite", *POOLS):
+    for name in ("ziprc", "lite", "graded", *POOLS):
         introspection.run(world.context("introspection", name))
     baselines.run(world.context("baselines", "test"))
     evaluate.run(world.context("evaluate", "zip-rc"))
@@ -548,7 +550,7 @@ def test_metrics_hold_every_record_and_no_nan(experiment: World):
     text = (experiment.layout.home / "metrics/zip-rc.json").read_text()
     metrics = json.loads(text)
     assert "NaN" not in text and "Infinity" not in text
-    assert set(metrics["prediction"]) == {"ziprc", "lite", "constant", "length", "logprob", "probe"}
+    assert set(metrics["prediction"]) == {"ziprc", "lite", "graded", "constant", "length", "logprob", "probe"}
     assert set(metrics["prediction"]["ziprc"]) == {"start", "25%", "50%", "75%", "end"}
     assert metrics["prediction"]["constant"]["end"]["auroc"]["value"] == 0.5
     assert metrics["drift"]["kl"]["value"] > 0

@@ -87,9 +87,9 @@ class TrainJoint(Section):
         return self
 
     def head(self, key: str) -> Head:
-        """The settings under a key: of one of the heads, or `rivals.<name>`."""
+        """The settings of a head, by its name or its key in this section."""
         name = key.removeprefix("rivals.")
-        found: Head = getattr(self, key) if name == key else self.rivals[name]
+        found: Head = self.rivals[name] if name in self.rivals else getattr(self, name)
         return found
 
 

@@ -145,7 +145,7 @@ class Evaluation:
         """Prompts, rollouts and tokens behind the numbers."""
         tables, known, trained = self.rollouts, self.train.length, {}
         for head in self.heads:
-            own = getattr(self.config.train_joint, head)
+            own = self.config.train_joint.head(head)
             whole, most = own.epochs * len(known), own.max_steps * own.batch_size
             trained[head] = round((min(whole, most) if most > 0 else whole) * float(known.mean()))
         return {
