@@ -14,11 +14,13 @@ from tests.doubles import GRID, World, tiny_checkpoint, tiny_tables
 from tests.unit.test_training import rollouts_table
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import Head, TrainJoint
+from ziprc.errors import UserError
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.head import read_manifest
 from ziprc.plan.stage import Ref
 from ziprc.stages import qvalues, train_joint
 from ziprc.store.layout import Layout
+from ziprc.systems.zip_rc import check_rivals
 from ziprc.tables.qvalues import QVALUES
 from ziprc.training.data import RolloutData, rollout_data
 from ziprc.training.objectives.joint import ANY_REWARD
@@ -67,10 +69,17 @@ def test_a_capped_response_keeps_the_value_of_its_states_unless_it_is_to_teach_i
     assert data(("stop", "length"), unfinished="drop").names == ["r0"]
 
 
-@pytest.mark.parametrize("name", ["lite", "noisy-fold0", "many", "Big"])
+@pytest.mark.parametrize("name", ["lite", "noisy-fold0", "many", "Big", "critic-fold0", "policy-kl"])
 def test_a_rival_has_a_name_of_its_own(name: str) -> None:
     with pytest.raises(ValidationError, match=r"is the name of something else|should match pattern"):
         TrainJoint.model_validate({"rivals": {name: {}}})
+
+
+def test_a_rival_is_not_the_checkpoint_of_the_critic_in_context() -> None:
+    rival = {"train_joint": {"rivals": {"critic": {}}}}
+    check_rivals(Config.model_validate(rival))
+    with pytest.raises(UserError, match="'critic' is the checkpoint of train_critic"):
+        check_rivals(Config.model_validate(rival | {"train_critic": {"folds": 1}}))
 
 
 def test_rivals_have_what_lies_beneath_every_head() -> None:

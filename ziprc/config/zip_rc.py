@@ -82,7 +82,7 @@ class TrainJoint(Section):
 
     @model_validator(mode="after")
     def _names_of_their_own(self) -> TrainJoint:
-        if taken := [name for name in self.rivals if name in TAKEN or name.startswith("noisy")]:
+        if taken := [name for name in self.rivals if name in TAKEN or name.startswith(("noisy", "critic-", "policy-"))]:
             raise ValueError(f"rivals: '{taken[0]}' is the name of something else; name it otherwise")
         return self
 

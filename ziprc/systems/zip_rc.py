@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ziprc.config.load import Config
 from ziprc.config.zip_rc import LIVE_POLICIES
+from ziprc.errors import UserError
 from ziprc.plan.stage import CHECKPOINT, TABLE, Ref, Stage, System, many, one
 from ziprc.systems.shared import (
     BASE,
@@ -89,6 +90,14 @@ def heads(config: Config) -> dict[str, HeadOf]:
 
 def _labels(config: Config, key: str) -> Ref:
     return LABELS[config.train_joint.head(key).label]
+
+
+def check_rivals(config: Config) -> None:
+    """UserError where a rival would be the same checkpoint as the one critic in context that there is without folds."""
+    if "critic" in config.train_joint.rivals and config.train_critic.folds == 1:
+        raise UserError(
+            "train_joint.rivals: with train_critic.folds=1 'critic' is the checkpoint of train_critic. Name the rival otherwise."
+        )
 
 
 def rollouts(config: Config) -> dict[str, RolloutsOf]:
@@ -178,7 +187,7 @@ STAGES = (
     Stage(
         "train_joint", "the joint head {name}", CHECKPOINT, heads,
         reads=lambda c, v: {"base": BASE, "rollouts": TRAIN, v.labels.stage: v.labels},
-        params=head_params, machine="big-gpu", held_out=True,
+        params=head_params, machine="big-gpu", check=check_rivals, held_out=True,
     ),
     Stage(
         "values", "what the critics expect, {name}", TABLE, _values,
