@@ -12,6 +12,7 @@ from ziprc.config.base import Increasing, Name, Optimisation, Positive, Section,
 # What can run live on an engine, by the names of their tables.
 LivePolicy = Literal["zip-rc-plus", "zip-rc-plus-branching", "zip-rc-plus-wide", "zip-rc", "majority"]
 LIVE_POLICIES: tuple[str, ...] = get_args(LivePolicy)
+HEADS = ("noisy", "ziprc", "lite")  # what every experiment may have; rivals have names of their own
 # Names of other predictors and tables, which no rival may have.
 TAKEN = ("ziprc", "lite", "base", "many", "probe", "logprob", "length", "constant")
 Budgets = Annotated[tuple[Positive, ...], Field(min_length=1), Increasing]  # in mean lengths of one plain sample
@@ -74,7 +75,7 @@ class TrainJoint(Section):
             return given
         beneath = {key: value for key, value in given["defaults"].items() if key in Head.model_fields}
         own = {"noisy": {}, "ziprc": cls.model_fields["ziprc"].default.model_dump(exclude_unset=True), **given}
-        heads = {name: own.get(name) for name in ("noisy", "ziprc", "lite")}
+        heads = {name: own.get(name) for name in HEADS}
         found = {**given, **{name: {**beneath, **head} for name, head in heads.items() if isinstance(head, Mapping)}}
         if isinstance(rivals := given.get("rivals"), Mapping):
             found["rivals"] = {n: {**beneath, **h} if isinstance(h, Mapping) else h for n, h in rivals.items()}
@@ -89,7 +90,7 @@ class TrainJoint(Section):
     def head(self, key: str) -> Head:
         """The settings of a head, by its name or its key in this section."""
         name = key.removeprefix("rivals.")
-        found: Head = self.rivals[name] if name in self.rivals else getattr(self, name)
+        found: Head = getattr(self, name) if name in HEADS else self.rivals[name]
         return found
 
 
