@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from ziprc.config.base import Runtime, Sampling
 from ziprc.config.shared import Judge, Rollouts
-from ziprc.errors import UserError
+from ziprc.errors import UserError, first_few
 from ziprc.joint.vocabulary import Vocabulary
 from ziprc.processor import native_bfloat16
 from ziprc.store.files import read_json
 from ziprc.tables.rollouts import FinishReason
 
 if TYPE_CHECKING:
+    import torch
+
     from ziprc.joint.head import JointHead
 
 IdRange = tuple[int, int]  # half-open: rows of the output matrix, which are token ids where the tokenizer knows them
@@ -52,13 +55,15 @@ class Response:
     """What came out; `token_ids` include the stop token.
 
     Row j of `joint` [m, R·L] comes from the forward pass that emitted token j, so it knows the tokens before j only:
-    the same state as labelled state j of `joint.readout`. None unless the engine was asked to read.
+    the same state as labelled state j of `joint.readout`. `log_probs` [m] are those of the tokens under the law that drew
+    them: after temperature and filters, outside the banned rows. Both None unless the engine was asked for them.
     """
 
     key: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     joint: NDArray[np.float32] | None = None
+    log_probs: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Step:
 class EngineSettings:
     """The model, how it is sampled, and the knobs of the machine.
 
-    `joint` is read at every token when it is given; `banned` rows are never sampled either way.
+    `joint` is read at every token when it is given; `banned` rows are never sampled either way. `log_probs`: `generate` says
+    how likely each token was.
     """
 
     model: Path
@@ -93,6 +99,7 @@ class EngineSettings:
     banned: tuple[IdRange, ...]
     max_model_len: int
     joint: JointHead | None = None
+    log_probs: bool = False
     dtype: Dtype = "float32"
     max_num_seqs: int = 256
     tensor_parallel: int = 1
@@ -139,6 +146,12 @@ class Engine(Protocol):
     def session(self) -> Session:
         """A drained engine with an empty prefix cache, under live control; one at a time."""
 
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take on these weights, by the names that Transformers gives them; tied ones once, under either name.
+
+        What was cached of the old ones is dropped. UserError for a name that the model has not, or one that is missing.
+        """
+
     def close(self) -> None: ...
 
 
@@ -158,13 +171,27 @@ def check_request(request: Request, in_flight: Container[str], max_model_len: in
         )
 
 
+def check_weights(names: Iterable[str], folder: Path) -> None:
+    """UserError unless these are the weights of the model in `folder`; a tied output matrix may go without saying."""
+    found, known = set(names), set[str]()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as weights:
+            known |= set(weights.keys())
+    if (missing := known - found) or (unknown := found - known - {"lm_head.weight"}):
+        what, wrong = ("lack", missing) if missing else ("hold unknown", unknown)
+        raise UserError(
+            f"The weights for the engine of {folder} {what} {first_few(sorted(wrong))}: they are another model's."
+        )
+
+
 def settings_for(
-    folder: Path, tokenizer: Any, own: Rollouts | Judge, sampling: Sampling, machine: Runtime, tensor_parallel: int
-) -> EngineSettings:
+    folder: Path, tokenizer: Any, own: Rollouts | Judge, sampling: Sampling, machine: Runtime, tensor_parallel: int,
+    log_probs: bool = False,
+) -> EngineSettings:  # fmt: skip
     """How the model in `folder` is run: lengths and dtype from its section, knobs from `runtime`; no unknown id is sampled."""
     return EngineSettings(
         folder, sampling, stop_token_ids(folder, tokenizer), unknown_rows(folder, tokenizer), own.max_model_len,
-        dtype=own.dtype, tensor_parallel=tensor_parallel,
+        log_probs=log_probs, dtype=own.dtype, tensor_parallel=tensor_parallel,
         max_num_seqs=machine.max_num_seqs, gpu_memory_utilization=machine.gpu_memory_utilization,
         kv_cache_gib=machine.kv_cache_gib, enforce_eager=machine.enforce_eager, stall_limit_s=machine.stall_limit_s,
     )  # fmt: skip

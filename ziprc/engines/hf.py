@@ -11,7 +11,7 @@ are static, and a session keeps no cache at all. Shapes: B rows, T time, V vocab
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from ziprc.config.base import Sampling
-from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, Step, check_request, own_dtype
+from ziprc.engines.base import (
+    EngineSettings,
+    OnTokens,
+    Request,
+    Response,
+    Step,
+    check_request,
+    check_weights,
+    own_dtype,
+)
 from ziprc.engines.taps import LogitsTap, Place, ReadJoint, ReadStates, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
 from ziprc.joint.checkpoint import load_model
@@ -89,6 +98,17 @@ def sample(logits: torch.Tensor, samplings: Sequence[Sampling], generators: Sequ
     return tokens
 
 
+def drawn_log_probs(logits: torch.Tensor, samplings: Sequence[Sampling], tokens: torch.Tensor) -> torch.Tensor:
+    """[B] log-probabilities of `tokens` under the law that `sample` draws from; 0 where it takes the likeliest."""
+    found = torch.zeros(len(logits), device=logits.device)
+    for sampling in {id(one): one for one in samplings}.values():
+        rows = [i for i, one in enumerate(samplings) if one is sampling]
+        if sampling.temperature >= GREEDY_BELOW:
+            law = filtered(logits[rows], sampling).log_softmax(-1)
+            found[rows] = law.gather(-1, tokens[rows, None])[:, 0]
+    return found
+
+
 @dataclass
 class _Row:
     """One response in the making; `number` is its name in a reader."""
@@ -101,6 +121,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     log_prob: float = 0.0  # of the last token, where a session asks for it
+    log_probs: list[float] = field(default_factory=list)  # of all tokens, where `generate` is asked for them
 
     @property
     def place(self) -> Place:
@@ -115,7 +136,8 @@ class _Row:
 
     def response(self, joint: NDArray[np.float32] | None) -> Response:
         assert self.finish_reason is not None
-        return Response(self.request.key, tuple(self.tokens), self.finish_reason, joint)
+        log_probs = np.array(self.log_probs, dtype=np.float32) if self.log_probs else None
+        return Response(self.request.key, tuple(self.tokens), self.finish_reason, joint, log_probs)
 
 
 @dataclass
@@ -164,6 +186,11 @@ class HFEngine:
     def session(self) -> HFSession:
         return HFSession(self)
 
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """As `Engine.load_weights`."""
+        check_weights(weights, self.settings.model)
+        self.model.load_state_dict(dict(weights), strict=False)  # a tied matrix is the same tensor under both names
+
     def close(self) -> None:
         self.watchdog.close()
         del self.model
@@ -187,10 +214,14 @@ class HFEngine:
         """Generate until every row has its finish reason."""
         batch, inputs = list(rows), self._padded(rows)
         while batch:
-            tokens = self._next(batch, inputs, taps)
-            for row, token in zip(batch, tokens.tolist(), strict=True):
+            tokens, logits = self._next(batch, inputs, taps)
+            said = drawn_log_probs(logits, [row.sampling for row in batch], tokens) if self.settings.log_probs else None
+            for row, token, *own in zip(
+                batch, tokens.tolist(), *([] if said is None else [said.tolist()]), strict=True
+            ):
                 if row.finish_reason is None:
                     row.add(token)
+                    row.log_probs += own
                     if row.finish_reason is not None:
                         on_tokens(len(row.tokens))
             inputs.advance(tokens)
@@ -200,8 +231,10 @@ class HFEngine:
                 if batch:
                     inputs.keep(live)
 
-    def _next(self, batch: Sequence[_Row], inputs: _Inputs, taps: Sequence[LogitsTap]) -> torch.Tensor:
-        """The next token of every row, [B]: one forward pass, the taps, a draw."""
+    def _next(
+        self, batch: Sequence[_Row], inputs: _Inputs, taps: Sequence[LogitsTap]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of every row [B], and the logits [B, V] it was drawn from: one forward pass, the taps, a draw."""
         with self.watchdog.watching():
             output = self.model(
                 input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions,
@@ -211,7 +244,7 @@ class HFEngine:
         places = [row.place for row in batch]
         for tap in taps:
             tap.apply(places, logits)
-        return sample(logits, [row.sampling for row in batch], [row.generator for row in batch])
+        return sample(logits, [row.sampling for row in batch], [row.generator for row in batch]), logits
 
 
 class HFSession:
@@ -242,7 +275,8 @@ class HFSession:
         batch = self.rows[: self.engine.settings.max_num_seqs]
         if not batch:
             return None
-        tokens = self.engine._next(batch, self.engine._padded(batch), self.taps).cpu().numpy().astype(np.int32)
+        drawn, _ = self.engine._next(batch, self.engine._padded(batch), self.taps)
+        tokens = drawn.cpu().numpy().astype(np.int32)
         states = self.reader.take([row.place for row in batch], tokens)
         log_prob = np.array([row.log_prob for row in batch], dtype=np.float32)
         for row, token, own in zip(batch, tokens.tolist(), states.log_prob.tolist(), strict=True):

@@ -26,9 +26,11 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
-from vllm.outputs import RequestOutput
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput
@@ -38,7 +40,16 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondRunnersProcessor
 
-from ziprc.engines.base import EngineSettings, OnTokens, Request, Response, Step, check_request, own_dtype
+from ziprc.engines.base import (
+    EngineSettings,
+    OnTokens,
+    Request,
+    Response,
+    Step,
+    check_request,
+    check_weights,
+    own_dtype,
+)
 from ziprc.engines.taps import Ban, LogitsTap, Place, ReadJoint, ReadStates, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
 from ziprc.errors import UserError
@@ -154,11 +165,12 @@ class VLLMEngine:
                 if on_tokens is not None:
                     on_tokens(len(output.outputs[0].token_ids))
         texts = [finished[number].outputs[0] for number in range(len(requests))]
+        said = [_log_probs(text) if self.settings.log_probs else None for text in texts]
         joint = reader.by_request([len(text.token_ids) for text in texts]) if reader and texts else [None] * len(texts)
         del _taps[self._id]  # and all that was read
         return [
-            Response(request.key, tuple(text.token_ids), FinishReason(text.finish_reason), reading)
-            for request, text, reading in zip(requests, texts, joint, strict=True)
+            Response(request.key, tuple(text.token_ids), FinishReason(text.finish_reason), reading, own)
+            for request, text, reading, own in zip(requests, texts, joint, said, strict=True)
         ]
 
     def session(self) -> VLLMSession:
@@ -167,6 +179,12 @@ class VLLMEngine:
         self._start(reader)
         self._session = VLLMSession(self, reader)
         return self._session
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """As `Engine.load_weights`."""
+        check_weights(weights, self.settings.model)
+        self.llm.collective_rpc(_take_weights, args=(dict(weights),))
+        self.llm.llm_engine.reset_prefix_cache()
 
     def close(self) -> None:
         """End the engine, and with it any other of this process."""
@@ -196,6 +214,7 @@ class VLLMEngine:
             stop_token_ids=[*self.settings.stop_token_ids, *request.stop],
             ignore_eos=True,  # the stop ids above are all there are; vLLM adds none of its own
             detokenize=False,
+            logprobs=0 if self.settings.log_probs else None,  # of the token that was drawn alone
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"ziprc_request": number},
         )
@@ -214,11 +233,28 @@ class VLLMEngine:
             "tensor_parallel_size": settings.tensor_parallel,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enforce_eager": settings.enforce_eager,
+            "logprobs_mode": "processed_logprobs",  # of the law that drew
             "logits_processors": [ApplyTaps],
             "additional_config": {"ziprc": {"banned": [list(rows) for rows in settings.banned], "engine": self._id}},
             "use_tqdm_on_load": False,
             **(_cpu_arguments(settings) if current_platform.is_cpu() else {}),
         }
+
+
+def _take_weights(worker: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Runs where the model is. On a CPU the output matrix is packed: where it is tied, nobody else packs it again."""
+    runner = worker.model_runner
+    runner.reload_weights(weights_iterator=iter(weights.items()))
+    head = getattr(runner.get_model(), "lm_head", None)
+    if current_platform.is_cpu() and head is not None and hasattr(head, "cpu_linear"):
+        dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+
+
+def _log_probs(text: CompletionOutput) -> NDArray[np.float32]:
+    """[m] of the tokens of a response."""
+    assert text.logprobs is not None
+    rows = zip(text.logprobs, text.token_ids, strict=True)
+    return np.array([row[token].logprob for row, token in rows], dtype=np.float32)
 
 
 @dataclass
