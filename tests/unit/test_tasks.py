@@ -28,6 +28,7 @@ from ziprc.tables.prompts import PROMPTS, check_disjoint
 from ziprc.tasks import arithmetic
 from ziprc.tasks.arithmetic import MIX, SLIPS, TASK, Chain, columns_step, direct_step, split_step, work_out
 from ziprc.tasks.base import Prompt, TeachingTask, get_task, split_of
+from ziprc.tasks.countdown import count_solutions, needs_muldiv
 from ziprc.tasks.expressions import parse_expression
 from ziprc.tasks.generated import apportion
 from ziprc.tasks.hub import last_boxed, normalise
@@ -204,7 +205,7 @@ def test_a_slip_rate_changes_one_of_the_defaults() -> None:
     ("settings", "message"),
     [
         ({"mix": {"6 numbers": 1.0}}, "mix.6 numbers"),
-        ({"max_operand": 21}, r"max_operand\n.*less than or equal to 20"),
+        ({"max_operand": 100}, r"max_operand\n.*less than or equal to 99"),
         ({"attempts": []}, "attempts"),
         ({"attempt": [2]}, "attempt\n"),
     ],
@@ -319,6 +320,50 @@ def test_search_traces_mark_each_attempt_truthfully() -> None:
             assert mark == ("!" if difference == 0 else "<" if difference < 0 else ">")
         expression = parse_expression(answer)
         assert (expression.value() == prompt.extra["target"]) == reasoning.endswith("!")
+
+
+RAMBLING = {
+    "mix": {"2 numbers": 1}, "max_operand": 99, "max_value": 199, "attempts": [1, 2], "careful": 0.2, "miss": 0.7,
+    "ramble": 0.9, "non_thinking": 0,
+}  # fmt: skip
+
+
+def test_a_teacher_that_misses_and_rambles_does_so_and_no_more() -> None:
+    traces = [trace.response for _, trace in get_task("countdown").traces(RAMBLING, 2000, 0)]
+    attempts = [
+        len(re.findall(r"[<>!](?=[\d\n])", text.partition("</think>")[0].removeprefix("<think>\n"))) for text in traces
+    ]
+    hits = np.array(["!" in text for text in traces])
+    rambling = np.array(attempts) == 20
+    assert set(attempts) == {1, 2, 20}
+    assert 0.35 < hits.mean() < 0.45 and not (hits & rambling).any()
+    assert 0.85 < rambling.sum() / (~hits).sum() < 0.95
+    assert all(text.index("!") > text.rindex("=") for text, hit in zip(traces, hits, strict=True) if hit)
+    largest = max(int(value) for text in traces for value in re.findall(r"=(\d+)", text))
+    assert 99 < largest <= 199
+
+
+def test_thousands_of_prompts_are_distinct_and_none_is_in_two_splits() -> None:
+    task = get_task("countdown")
+    prompts = {split: task.prompts(RAMBLING, split, count, 0) for split, count in (("train", 2000), ("test", 1000))}
+    seen = {split: {(*sorted(p.extra["numbers"]), p.extra["target"]) for p in of} for split, of in prompts.items()}
+    assert len(seen["train"]) == 2000 and len(seen["test"]) == 1000 and not seen["train"] & seen["test"]
+    for prompt in [*prompts["train"], *prompts["test"]]:
+        a, b = prompt.extra["numbers"]
+        assert prompt.extra["needs_muldiv"] == (prompt.extra["target"] not in (a + b, a - b, b - a))
+        assert prompt.extra["n_solutions"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "solutions", "muldiv"),
+    [((3, 5), 8, 1, False), ((3, 5), 15, 1, True), ((2, 2), 4, 2, False), ((2, 2), 1, 1, True), ((1, 1, 1), 3, 1, False),
+     ((3, 5), 7, 0, True), ((1, 2, 3), 6, 3, False)],
+)  # fmt: skip
+def test_solutions_are_counted_up_to_algebra(
+    numbers: tuple[int, ...], target: int, solutions: int, muldiv: bool
+) -> None:
+    assert count_solutions(numbers, target) == solutions
+    assert needs_muldiv(numbers, target) is muldiv
 
 
 def test_countdown_votes_merge_equivalent_expressions() -> None:

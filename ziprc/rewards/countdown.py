@@ -2,7 +2,8 @@
 
 The expression is read by a grammar (`ziprc.tasks.expressions`) and valued in exact fractions; nothing is evaluated by
 Python. Right means: the operands are exactly the given numbers, each used as often as it is given, and the value equals
-the target. Published rewards accept subsets, floats and `eval`; none of that here.
+the target. Published rewards accept subsets, floats and `eval`; none of that here. A rationale begins with one of
+`no expression`, `wrong numbers`, `divides by zero`, `wrong value`.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class CountdownGrader:
             return graded(0, rationale=f"no expression: {error}")
         found = expression.canonical()
         if Counter(expression.numbers()) != Counter(int(n) for n in numbers):
-            return graded(0, found, f"uses {sorted(expression.numbers())}, given {sorted(numbers)}")
+            return graded(0, found, f"wrong numbers: uses {sorted(expression.numbers())}, given {sorted(numbers)}")
         try:
             value = expression.value()
         except ZeroDivisionError:
             return graded(0, found, "divides by zero")
         if value != Fraction(target):
-            return graded(0, found, f"makes {value}, not {target}")
+            return graded(0, found, f"wrong value: makes {value}, not {target}")
         return graded(1, found)
 
 
