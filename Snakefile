@@ -24,6 +24,7 @@
 #   train_policy   checkpoints/{name}/ziprc.json        the configuration
 #   guided         guided/{name}.parquet                the configuration
 #   qvalues        qvalues/{name}.parquet               base, rollouts, grades, train_critic
+#   train_online   checkpoints/{name}/ziprc.json        the configuration
 #   evaluate       metrics/{name}.json                  prompts, rollouts, grades, values, introspection, baselines, base, train_joint
 #   report         report.html                          evaluate, frontier, train_joint, introspection, rollouts, grades, prompts, samples
 # ---

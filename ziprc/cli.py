@@ -145,6 +145,20 @@ def import_(options: argparse.Namespace) -> str:
     return f"import: wrote {rows} rollouts to {options.home}"
 
 
+def windows(options: argparse.Namespace) -> str:
+    """What the window rules of an experiment's arms do to lengths that follow known laws."""
+    from ziprc.evaluation.rl.laws import table
+
+    (config,) = look_up(options).configs.values()
+    arms = {name: arm.window for name, arm in config.train_online.arms.items()}
+    if not arms:
+        raise UserError(
+            f"{options.experiment} trains no arm on-policy (train_online.arms). Try --experiment toy-countdown."
+        )
+    largest = config.rollouts.max_new_tokens
+    return "\n".join(table(arms, largest, options.rollouts, options.responses, config.seed))
+
+
 def fetch(options: argparse.Namespace) -> str:
     from ziprc.integrations.fetch import fetch_experiment
 
@@ -198,6 +212,10 @@ def _add_workflow(command: Command) -> None:
     _add_wanted(command("unlock", unlock, "remove a lock that a killed run left", "--experiment smoke"))
     _add_wanted(command("dag", draw, "draw the graph of an experiment's rules", "--experiment smoke"))
     sub = command("provenance", provenance, "write Snakemake's own report of an experiment", "--experiment smoke")
+    _add_wanted(sub)
+    sub = command("windows", windows, "try window rules on synthetic lengths", "--experiment toy-countdown")
+    sub.add_argument("--rollouts", type=int, default=300, help="of a run")
+    sub.add_argument("--responses", type=int, default=200, help="of a rollout")
     _add_wanted(sub)
     _add_wanted(command("fetch", fetch, "download models and data beforehand", "--experiment qwen3-0.6b"), suite=True)
 

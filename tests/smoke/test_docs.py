@@ -17,7 +17,7 @@ from ziprc.tables.prompts import content
 from ziprc.tasks.base import get_task
 
 DOCS = ROOT / "docs"
-EXPERIMENTS = ("own-model.md", "own-data.md", "own-experiment.md")
+EXPERIMENTS = ("own-model.md", "own-data.md", "own-experiment.md", "on-policy.md")
 
 
 def run(code: str, names: dict[str, Any]) -> None:
@@ -75,3 +75,11 @@ def test_the_splits_of_the_data_page_are_what_it_says(folder: Path) -> None:
     found = {s: get_task("hub").prompts(prompts.settings, s, 0, 0) for s in ("train", "validation", "test")}
     assert {split: len(of) for split, of in found.items()} == {"train": 80, "validation": 10, "test": 10}
     assert len({content(prompt.messages) for of in found.values() for prompt in of}) == 100
+
+
+def test_the_reward_of_the_page_on_policies_is_one(folder: Path) -> None:
+    names: dict[str, Any] = {}
+    (code,) = blocks(DOCS / "on-policy.md", "python")
+    run(code, names)
+    found = names["brevity"](completion_ids=[[0] * 100, []], score=[1.0, 0.0], finished=[True, True], window=[9, 9])
+    assert found == [0.5, 0.0]

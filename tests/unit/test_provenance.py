@@ -279,7 +279,8 @@ def test_other_errors_keep_their_traceback(tmp_path: Path) -> None:
 def test_splits_that_share_a_prompt_are_refused_by_what_trains_or_judges(context: Context) -> None:
     graph = context.graph
     assert {name for name, stage in graph.stages.items() if stage.held_out} == {
-        "train_joint", "baselines", "calibration", "frontier", "train_critic", "train_policy", "evaluate",
+        "train_joint", "baselines", "calibration", "frontier", "train_critic", "train_policy", "train_online",
+        "evaluate",
     }  # fmt: skip
     other = Context(graph, Ref("prompts", "test"))
     perform(prompts.run, other)

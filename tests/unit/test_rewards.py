@@ -10,12 +10,14 @@ import pytest
 
 from tests.doubles import TABLES, World, tiny_checkpoint, tiny_tables, tiny_tokenizer
 from ziprc.config.load import Config
+from ziprc.config.online import Reward
 from ziprc.config.shared import Judge
 from ziprc.engines.base import Request, Response
 from ziprc.engines.hf import HFEngine
 from ziprc.errors import UserError
 from ziprc.rewards import grading
 from ziprc.rewards.base import Grade, Item, decide, graded, ungraded
+from ziprc.rewards.combine import reward_function
 from ziprc.rewards.countdown import CountdownGrader
 from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, as_data, check_unparseable, read_verdict
@@ -62,8 +64,42 @@ def test_countdown_needs_every_number_once_and_the_target(response: str, score: 
     assert CountdownGrader().grade([asked(response, None, numbers=[3, 4, 5], target=32)])[0].score == score
 
 
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [("3+5*", "no expression"), ("4*3+4*5", "wrong numbers"), ("3*4+5", "wrong value"), ("5/(4-4)", "wrong numbers")],
+)
+def test_countdown_says_in_a_word_what_is_wrong(response: str, reason: str) -> None:
+    rationale = CountdownGrader().grade([asked(response, None, numbers=[3, 4, 5], target=32)])[0].rationale
+    assert str(rationale).partition(":")[0] == reason
+
+
 def test_a_division_by_zero_is_wrong() -> None:
     assert CountdownGrader().grade([asked("1/(2-2)", None, numbers=[1, 2, 2], target=1)])[0].score == 0
+
+
+# --- what an optimiser sees
+
+
+@pytest.mark.parametrize(
+    ("right", "length", "reward"),
+    [(1, 0, 1.0), (1, 50, 0.75), (1, 100, 0.5), (1, 400, 0.5), (0, 0, -1.0), (0, 50, -0.55), (0, 100, -0.1)],
+)
+def test_cosine_shaping_is_named_by_what_it_does(right: float, length: int, reward: float) -> None:
+    shaped = reward_function("cosine", Reward(), 100)
+    known = {"score": [right], "finished": [True], "prompt_id": ["a"]}
+    assert shaped(completion_ids=[[0] * length], **known) == pytest.approx([reward])
+    assert shaped(completion_ids=[[0] * length], **{**known, "finished": [False]}) == [-1.0]
+
+
+def test_known_rewards_are_made_with_their_settings() -> None:
+    overlong = reward_function("overlong", Reward(settings={"before": 20}), 100)
+    assert overlong(completion_ids=[[0] * n for n in (80, 90, 100)]) == [0.0, -0.5, -1.0]
+    repeated = reward_function("repetition", Reward(settings={"ngram_size": 1, "max_penalty": -2.0}), 100)
+    assert repeated(completion_ids=[[7, 7, 7, 7], [1, 2, 3, 4]]) == [-1.5, 0.0]
+    thinks = reward_function("format", Reward(), 100)
+    said = [[{"role": "assistant", "content": text}] for text in ("<think>a</think>b", "b")]
+    assert thinks(completions=said) == [1.0, 0.0]
+    assert reward_function("score", Reward(), 100)(score=[1.0, 0.0], window=[9, 9]) == [1.0, 0.0]
 
 
 # --- math

@@ -47,10 +47,11 @@ def test_what_nobody_makes_is_refused_with_what_was_meant(arguments: list[str], 
 @pytest.mark.parametrize("experiment", experiments(CONFIG))
 def test_every_file_of_an_experiment_and_its_variants_can_be_asked_for(experiment: str) -> None:
     home = f"results/{experiment}"
-    files = ["report.html", "grades/train.parquet", "grades/train.manifest.json", "checkpoints/base/ziprc.json"]
+    files = ["report.html", "grades/test.parquet", "grades/test.manifest.json", "checkpoints/base/ziprc.json"]
     own = {
         "zip-rc": ["values/train.parquet", "rollouts/test-ziprc.parquet", "grades/validation-ziprc.parquet"],
         "icl-v": ["metrics/icl-v.json"],
+        "countdown-rl": ["metrics/countdown-rl.json", "checkpoints/online-adaptive/ziprc.json"],
     }
     files += [file for system in load(CONFIG, experiment).systems for file in own[system]]
     targets = [f"{home}/{file}" for file in files]

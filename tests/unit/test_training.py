@@ -591,7 +591,7 @@ def test_a_slice_only_head_leaves_every_text_logit_bit_identical(tmp_path: Path,
 def test_bf16_autocast_trains_float32_weights_and_says_where_it_is_emulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ziprc.training.trainer.native_bfloat16", lambda: False)
+    monkeypatch.setattr("ziprc.training.durable.native_bfloat16", lambda: False)
     trainee = tiny_trainee()
     outcome = tiny_fit(trainee, tmp_path / "a" / "x", bf16=True)
     assert outcome.parts["loss"] < 10 and {p.dtype for p in trainee.parameters()} == {torch.float32}

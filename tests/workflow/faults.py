@@ -47,6 +47,7 @@ STAGES = {
     "qvalues": "train",
     "guided": "test-guided-exp",
     "train_policy": "policy-kl",
+    "train_online": "online-adaptive",
     "evaluate": "zip-rc",
     "report": "report",
 }

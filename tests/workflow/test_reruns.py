@@ -38,7 +38,7 @@ def test_kl_of_the_final_head_reruns_that_head_and_what_depends_on_it(built: Wor
 def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
     assert stages(built.planned("grades.rule=countdown")) == {
         "grades", "train_joint", "values", "introspection", "rollouts", "baselines", "train_critic", "qvalues",
-        "train_policy", "guided",
+        "train_policy", "guided", "train_online",
         "evaluate", *SAMPLERS,
     }  # fmt: skip
     assert not any(job.startswith("rollouts: responses for train") for job in built.planned("grades.rule=countdown"))
@@ -46,14 +46,16 @@ def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
 
 def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> None:
     jobs = built.planned("prompts.test=30")
-    assert not any(job.startswith(("base:", "train_joint", "rollouts: responses for train")) for job in jobs)
+    assert not any(job.startswith(("base:", "train_", "rollouts: responses for train")) for job in jobs)
 
 
 def test_the_validation_side_is_the_pool_alone(built: Workplace) -> None:
     jobs = built.planned("prompts.validation=20")
     recorded = {"prompts", "rollouts", "grades", "introspection"}
-    assert stages(jobs) == recorded | SAMPLERS
-    assert all("validation" in job for job in jobs if job.partition(":")[0] in recorded)
+    online = {"train_online", "evaluate"}  # which is judged on them while it learns
+    assert stages(jobs) == recorded | SAMPLERS | online
+    own = [job for job in jobs if job.partition(":")[0] in recorded and "online" not in job]
+    assert len(own) >= 4 and all("validation" in job for job in own)
 
 
 def test_a_larger_pool_reruns_the_pools_and_what_is_read_from_them(built: Workplace) -> None:

@@ -5,12 +5,14 @@ Every key says here what it means, in which unit and in which range; `docs/confi
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-System = Literal["zip-rc", "icl-v"]
+System = Literal["zip-rc", "icl-v", "countdown-rl"]
 SYSTEMS: tuple[str, ...] = get_args(System)
 
 
@@ -39,7 +41,10 @@ AdamwRate = Annotated[
     Annotated[float, Field(gt=0)] | None, Field(description="for what AdamW trains next to Muon; empty: the same")
 ]
 Warmup = Annotated[float, Field(ge=0, lt=1, description="share of the steps in which the rate rises to its highest")]
-Schedule = Annotated[Literal["cosine", "linear"], Field(description="how the rate falls to zero after warm-up")]
+Schedule = Annotated[
+    Literal["cosine", "linear", "constant"],
+    Field(description="how the rate falls to zero after warm-up, or that it does not"),
+]
 
 
 class Optimisation(Section):
@@ -57,6 +62,28 @@ class Optimisation(Section):
     warmup: Warmup = 0.05
     schedule: Schedule = "cosine"
     max_grad_norm: float = Field(1.0, gt=0, description="a gradient with a larger 2-norm is scaled down to it")
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` laid over `low`, key by key; lists are replaced. Neither input changes."""
+    out = copy.deepcopy(dict(low))
+    for key, value in high.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else copy.deepcopy(value)
+    return out
+
+
+def laid_beneath(given: Any, members: str, kind: type[Section]) -> Any:
+    """A raw section whose `defaults` lie beneath each of its named `members`, which are sections of one `kind`.
+
+    What has another shape is left for the checks of both to refuse.
+    """
+    defaults, own = (given.get(key) or {} if isinstance(given, Mapping) else None for key in ("defaults", members))
+    if not isinstance(defaults, Mapping) or not isinstance(own, Mapping):
+        return given
+    defaults = {key: value for key, value in defaults.items() if key in kind.model_fields}
+    laid = {n: merge(defaults, m or {}) if m is None or isinstance(m, Mapping) else m for n, m in own.items()}
+    return {**given, members: laid}
 
 
 Unit = Annotated[float, Field(ge=0, le=1)]

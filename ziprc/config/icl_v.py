@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from ziprc.config.base import Increasing, Name, Optimisation, Section, Unit
+from ziprc.config.base import Increasing, Name, Optimisation, Section, Unit, laid_beneath
 
 FeedbackKind = Literal["full", "no_rewards", "first_reward_only", "so_far", "answer"]
 Method = Literal["kl", "rft", "awr", "dpo", "grpo", "ppo"]
@@ -132,15 +131,7 @@ class TrainPolicy(Section):
     @model_validator(mode="before")
     @classmethod
     def _lay_defaults_beneath(cls, given: Any) -> Any:
-        """Every student on top of `defaults`."""
-        if not isinstance(given, Mapping) or not isinstance(given.get("defaults"), Mapping):
-            return given
-        own = given.get("students") or {}
-        if not isinstance(own, Mapping):
-            return given
-        beneath = {key: value for key, value in given["defaults"].items() if key in Student.model_fields}
-        students = {n: {**beneath, **(s or {})} if s is None or isinstance(s, Mapping) else s for n, s in own.items()}
-        return {**given, "students": students}
+        return laid_beneath(given, "students", Student)
 
     @model_validator(mode="after")
     def _labels_suffice(self) -> TrainPolicy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import pkgutil
 import re
@@ -13,14 +12,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ziprc.config.base import SYSTEMS
+from ziprc.config.base import SYSTEMS, merge
 from ziprc.config.icl_v import ICLV
+from ziprc.config.online import OnlineRL
 from ziprc.config.shared import Prompts, Shared
 from ziprc.config.zip_rc import ZipRC
 from ziprc.errors import UserError, nearest
 
 
-class Config(Shared, ZipRC, ICLV):
+class Config(Shared, ZipRC, ICLV, OnlineRL):
     """A resolved experiment: the sections of every system, side by side. A new system adds its mixin to the bases."""
 
 
@@ -53,15 +53,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def _require(name: Any, known: Mapping[str, Any] | Sequence[str], kind: str, where: str = "") -> None:
     if name not in list(known):
         raise UserError(f"There is no {kind} '{name}'{nearest(str(name), known)}{where}.")
-
-
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` laid over `low`, key by key; lists are replaced. Neither input changes."""
-    out = copy.deepcopy(dict(low))
-    for key, value in high.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = merge(out[key], value) if both else copy.deepcopy(value)
-    return out
 
 
 def experiments(path: Path) -> list[str]:

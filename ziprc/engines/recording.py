@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ziprc.config.shared import Rollouts
 from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, Request, Response
+from ziprc.errors import UserError
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.progress import progress
 from ziprc.store.digests import digest_json
@@ -47,9 +49,28 @@ def _token_lists(lists: Sequence[Sequence[int]]) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(offsets, values)
 
 
+def response_texts(responses: Sequence[Response], tokenizer: Any) -> list[str]:
+    """The texts keep special tokens, but not the stop token."""
+    ids = [list(r.token_ids[:-1] if r.finish_reason is FinishReason.STOP else r.token_ids) for r in responses]
+    found: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return found
+
+
+def check_fit(prompts: Mapping[str, int], own: Rollouts) -> None:
+    """Refuse prompts, by id with their tokens, that leave no room for a whole response."""
+    long = {prompt_id: n for prompt_id, n in prompts.items() if n > own.max_model_len - own.max_new_tokens}
+    if long:
+        worst = max(long, key=lambda prompt_id: long[prompt_id])
+        raise UserError(
+            f"{len(long)} of {len(prompts)} prompts do not fit: prompt {worst} has {long[worst]} tokens, and with up "
+            f"to {own.max_new_tokens} new tokens (rollouts.max_new_tokens) it passes the limit of {own.max_model_len}. "
+            f"Raise rollouts.max_model_len to at least {long[worst] + own.max_new_tokens}, or lower "
+            "rollouts.max_new_tokens."
+        )
+
+
 def rollout_table(wanted: Sequence[Wanted], responses: Sequence[Response], policy: str, tokenizer: Any) -> pa.Table:
-    """Columns of the rollouts table, in the order wanted; texts keep special tokens, but not the stop token."""
-    ids = [r.token_ids[:-1] if r.finish_reason is FinishReason.STOP else r.token_ids for r in responses]
+    """Columns of the rollouts table, in the order wanted."""
     return ROLLOUTS.make(
         {
             "rollout_id": [w.rollout_id(policy) for w in wanted],
@@ -58,7 +79,7 @@ def rollout_table(wanted: Sequence[Wanted], responses: Sequence[Response], polic
             "seed": [w.seed for w in wanted],
             "prompt_token_ids": _token_lists([w.prompt for w in wanted]),
             "response_token_ids": _token_lists([r.token_ids for r in responses]),
-            "response_text": tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+            "response_text": response_texts(responses, tokenizer),
             "finish_reason": [r.finish_reason.value for r in responses],
             "thinking": [w.thinking for w in wanted],
             "policy": [policy] * len(wanted),

@@ -7,7 +7,7 @@ them. Nobody passes a token id or a bin count on a command line. Weights are saf
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,19 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     record: Mapping[str, Any],
     joint: JointHead | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write model, tokenizer and manifest atomically. `record` holds params, parents and the like, JSON only."""
+    """Write model, tokenizer and manifest atomically. `record` holds params, parents and the like, JSON only.
+
+    `more` is given the folder, to write what else belongs to the checkpoint.
+    """
     if joint is not None:
         model.config.ziprc = joint.to_dict()
     with atomic_folder(target) as private:
         model.save_pretrained(private, safe_serialization=True)
         tokenizer.save_pretrained(private)
+        if more is not None:
+            more(private)
         files = {p.name: digest_file(p) for p in sorted(private.iterdir()) if p.is_file()}
         manifest = {**record, "files": files} | ({"joint": joint.to_dict()} if joint else {})
         write_sealed(private / CHECKPOINT_MANIFEST, manifest)

@@ -7,6 +7,7 @@ dark mode. Figures are drawn without pyplot (no global state), with fixed ids an
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ VIOLET, ORANGE, GREEN, GREY = "#8f6fd6", "#d9822b", "#3a9d6a", "#8a8f98"
 COLOURS = {"ziprc": ACCENT, "lite": VIOLET, "probe": ORANGE, "logprob": GREEN, "length": "#c0567f", "constant": GREY}
 SIBLINGS = {"critic": ACCENT, "trie": ORANGE, "lookup": GREEN, "mean": GREY}
 POLICIES = {PLUS: ACCENT, PUBLISHED: VIOLET, "majority": ORANGE}  # the families that have a colour
+ARMS = (ACCENT, ORANGE, GREEN, VIOLET, "#c0567f", GREY)  # of on-policy training, in their order
 RIVAL = GREY  # all others
 ENVELOPE = "#c0567f"  # the best of the competitors at each budget
 NEAR_EDGE = 0.9  # of the longest line: those that end before have no name beside them
@@ -127,6 +129,24 @@ def over_siblings(metric: str, title: str, curve: Mapping[str, Any], moment: str
     axes.set_title(title, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=4, columnspacing=1.2, handlelength=1.4)
     return _svg(axes.figure, f"siblings-{metric}-{moment.strip('%')}", title)
+
+
+@matplotlib.rc_context(STYLE)
+def over_training(title: str, across: str, lines: Mapping[str, tuple[Sequence[float], Sequence[Any]]]) -> Markup:
+    """One line per arm: what it is drawn over, and numbers (a step a rollout) or intervals (a dot a judgement)."""
+    axes = Figure(figsize=(4.4, 2.9)).add_subplot()
+    for (name, (x, y)), colour in zip(lines.items(), itertools.cycle(ARMS), strict=False):
+        if y and isinstance(y[0], Mapping):
+            axes.errorbar(
+                x, [r["value"] for r in y], yerr=_bars(y), label=name, color=colour, marker="o", markersize=3,
+                linewidth=1.4, elinewidth=0.6, capsize=1.5,
+            )  # fmt: skip
+        else:
+            axes.step(x, [np.nan if v is None else v for v in y], where="mid", label=name, color=colour, linewidth=1.4)
+    axes.set_xlabel(across)
+    axes.set_title(title, loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3, columnspacing=1.2, handlelength=1.4)
+    return _svg(axes.figure, "training-" + re.sub(r"\W+", "-", f"{title} {across}").lower(), title)
 
 
 @matplotlib.rc_context(STYLE)

@@ -11,11 +11,15 @@ from pathlib import Path
 from ziprc.errors import UserError
 from ziprc.pages.html import Record, as_interval, found
 from ziprc.store.files import read_json
-from ziprc.store.layout import manifest_of
+from ziprc.store.layout import MANIFEST_SUFFIX, manifest_of
 
 VERDICT = {True: "yes", False: "no", None: "cannot be said"}
 ABSENT = "–"
-METRICS = "metrics/zip-rc.json"
+
+
+def metrics_of(home: Path) -> list[Path]:
+    """The metrics of the systems that a run has built."""
+    return sorted(path for path in home.glob("metrics/*.json") if not path.name.endswith(MANIFEST_SUFFIX))
 
 
 def cell(result: Record | float | None) -> str:
@@ -28,13 +32,17 @@ def cell(result: Record | float | None) -> str:
 
 
 def headline(home: Path) -> dict[str, Record]:
-    """The headline numbers of one run by name; those of adaptive sampling where they were measured."""
-    files = [path for path in (home / METRICS, home / "frontier.json") if path.exists()]
+    """The headline numbers of one run by name: of every system that it has built, and of adaptive sampling."""
+    files = [*metrics_of(home), *(path for path in (home / "frontier.json",) if path.exists())]
     if not files:
-        raise UserError(
-            f"{home} holds neither {METRICS} nor frontier.json. Build it: `make all EXPERIMENT={home.name}`."
-        )
+        raise UserError(f"{home} holds no metrics. Build it: `make all EXPERIMENT={home.name}`.")
     return {record["name"]: record for path in files for record in read_json(path)["headline"]}
+
+
+def _judged(manifest: Path) -> bool:
+    """Whether targets are for this run, as the params of its metrics say."""
+    params = read_json(manifest)["params"] if manifest.exists() else {}
+    return bool(params.get("evaluate", {}).get("targets") or params.get("evaluate.targets"))
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -44,9 +52,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 def summary(homes: Sequence[Path]) -> str:
     """One row per headline number, one column per run; the target, and in which runs it was met, where one is judged."""
     runs, names = [headline(home) for home in homes], [home.name for home in homes]
-    manifests = [manifest_of(home / METRICS) for home in homes]
-    params = [read_json(path)["params"] if path.exists() else {} for path in manifests]
-    judged = [bool(own.get("evaluate", {}).get("targets")) for own in params]
+    judged = [any(_judged(manifest_of(path)) for path in metrics_of(home)) for home in homes]
     rows = []
     for name, first in {name: record for run in reversed(runs) for name, record in run.items()}.items():
         bound = f"{'≥' if first['direction'] == 'at least' else '≤'} {first['target']:.3g}"

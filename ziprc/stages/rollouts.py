@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ import pyarrow.compute as pc
 from ziprc.chat import prompt_token_ids
 from ziprc.config.load import Config
 from ziprc.engines.base import EngineSettings, settings_for
-from ziprc.engines.recording import Recording, Wanted
+from ziprc.engines.recording import Recording, Wanted, check_fit
 from ziprc.engines.workers import share_out
-from ziprc.errors import UserError
 from ziprc.joint.head import read_joint_head, read_manifest
 from ziprc.joint.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ziprc.stages.context import Context, run_stage
@@ -46,22 +45,6 @@ def wanted_of(prompt: dict[str, Any], of: RolloutsOf, tokenizer: Any, seed: int)
             yield Wanted(prompt["prompt_id"], thinking, index, own_seed, ids)
 
 
-def check_fit(wanted: Sequence[Sequence[Wanted]], config: Config) -> None:
-    """Refuse prompts that leave no room for a whole response."""
-    own = config.rollouts
-    room = own.max_model_len - own.max_new_tokens
-    lengths = {w.prompt_id: len(w.prompt) for group in wanted for w in group}
-    long = {prompt_id: n for prompt_id, n in lengths.items() if n > room}
-    if long:
-        worst = max(long, key=lambda prompt_id: long[prompt_id])
-        raise UserError(
-            f"{len(long)} of {len(lengths)} prompts do not fit: prompt {worst} has {long[worst]} tokens, and with up "
-            f"to {own.max_new_tokens} new tokens (rollouts.max_new_tokens) it passes the limit of {own.max_model_len}. "
-            f"Raise rollouts.max_model_len to at least {long[worst] + own.max_new_tokens}, or lower "
-            "rollouts.max_new_tokens."
-        )
-
-
 def engine_settings(config: Config, folder: Path, tokenizer: Any) -> EngineSettings:
     """How rollouts run the policy in `folder`. A joint head that overlaps tokens is refused here."""
     if "joint" in read_manifest(folder):
@@ -77,7 +60,7 @@ def run(context: Context) -> str:
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
     tokenizer = load_tokenizer(policy)
     wanted = [list(wanted_of(prompt, of, tokenizer, config.seed)) for prompt in prompts]
-    check_fit(wanted, config)
+    check_fit({w.prompt_id: len(w.prompt) for group in wanted for w in group}, own)
     settings = engine_settings(config, policy, tokenizer)
     require_space(target.parent, sum(map(len, wanted)) * own.max_new_tokens * BYTES_PER_TOKEN)
 

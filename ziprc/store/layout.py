@@ -31,6 +31,10 @@ class Layout:
         """A model folder; its `ziprc.json` is written last."""
         return self.home / "checkpoints" / name
 
+    def seconds(self, name: str) -> Path:
+        """What the rollouts of on-policy training took, by part; no artifact, since no two runs take the same."""
+        return self.home / "seconds" / f"{name}.json"
+
     def provenance(self, stage: str, name: str) -> Path:
         """How an artifact came to be; no artifact itself (ziprc/plan/provenance.py)."""
         return self.home / "provenance" / f"{stage}-{name}.json"

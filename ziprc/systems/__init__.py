@@ -9,10 +9,11 @@ from ziprc.plan.graph import Graph
 from ziprc.plan.stage import Ref
 from ziprc.store.layout import Layout
 from ziprc.systems import shared
+from ziprc.systems.countdown_rl import COUNTDOWN_RL
 from ziprc.systems.icl_v import ICL_V
 from ziprc.systems.zip_rc import ZIP_RC
 
-SYSTEMS = (ZIP_RC, ICL_V)
+SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL)
 OWN = [stage for system in SYSTEMS for stage in system.stages]
 STAGES = (*shared.responses(SYSTEMS), *OWN, *shared.results(SYSTEMS))
 

@@ -95,10 +95,13 @@ def make_optimizer(model: nn.Module, settings: Optimisation) -> Optimizer:
 def schedule_factor(step: int, steps: int, warmup: float, shape: str) -> float:
     """Share of the peak rate used by step `step` (from 0) of `steps`.
 
-    Of W warm-up steps, step i uses (i + 1) / (W + 1). Then down to zero, which is reached just after the last step.
+    Of W warm-up steps, step i uses (i + 1) / (W + 1). Then down to zero, which is reached just after the last step, unless the
+    shape is constant.
     """
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / (warm + 1)
+    if shape == "constant":
+        return 1.0
     progress = min(1.0, (step - warm) / max(1, steps - warm))
     return 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress

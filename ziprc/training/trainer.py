@@ -5,10 +5,8 @@ of training states) with our own:
 
 * loss: a sum divided by the supervised positions of the *global* batch, over accumulation and devices;
 * order of data, fixed beforehand and read in sequence, so a resumed run is bit-identical;
-* warm-up from the first step, and a schedule that knows the number of steps;
-* stop before a step whose loss or gradient is not finite, which names the rollouts;
-* training states, which count once they are complete and of which the last is kept (`resume`); SIGTERM and Ctrl-C save
-  one and leave;
+* warm-up from the first step, a schedule that knows the number of steps, training states, signals, and a stop before a
+  step that is not finite: what is in `durable`, and shared with the on-policy trainer;
 * display: means over all processes since the line before.
 
 Weights are float32; `bf16` means autocast. Under `accelerate launch` it uses as many processes as it is given.
@@ -18,30 +16,24 @@ from __future__ import annotations
 
 import operator
 import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ziprc.config.base import Optimisation, Runtime
-from ziprc.errors import Stopped, UserError
 from ziprc.joint.checkpoint import save_checkpoint
 from ziprc.joint.head import JointHead
-from ziprc.processor import native_bfloat16
 from ziprc.progress import progress
 from ziprc.training import resume
-from ziprc.training.optimizers import make_optimizer, schedule_factor
+from ziprc.training.durable import Durable, machine_arguments, train_to_the_end
 from ziprc.training.order import MicroBatches
 from ziprc.training.trainees import Trainee
 
@@ -89,46 +81,18 @@ def fit(
     trainee: Trainee, batches: MicroBatches, optimisation: Optimisation, runtime: Runtime, folder: Path, seed: int,
     section: str,
 ) -> Outcome:  # fmt: skip
-    """Train to the end of the order, going on from the last training state in `folder` if there is one.
-
-    Several processes come out of it together, and have parted: none can talk to another afterwards.
-    Raises UserError for a non-finite loss or gradient, and Stopped after SIGTERM or Ctrl-C, when the state is saved.
-    """
-    on_gpu, processes = torch.cuda.is_available(), resume.world_size()
-    if runtime.bf16 and not on_gpu and not native_bfloat16():
-        print("runtime.bf16=true: without bf16 instructions this processor is faster with false", file=sys.stderr)
+    """Train to the end of the order. Goes on from, and raises, what `train_to_the_end` does."""
     args = TrainingArguments(  # one item of the data set is one micro-batch, hence the batch size of 1
-        str(folder), per_device_train_batch_size=1, max_steps=batches.order.steps, seed=seed % 2**32,
-        gradient_accumulation_steps=batches.order.slots // processes, max_grad_norm=optimisation.max_grad_norm,
-        bf16=runtime.bf16, use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, remove_unused_columns=False,
-        ddp_find_unused_parameters=False, ddp_backend=None if on_gpu or processes == 1 else "gloo",
-        save_strategy="steps", save_steps=runtime.save_steps, report_to=list(runtime.trackers) or "none",
-        run_name=resume.run_name(folder), logging_strategy="no", logging_nan_inf_filter=False, disable_tqdm=True,
+        **machine_arguments(runtime, folder, seed, optimisation.max_grad_norm), per_device_train_batch_size=1,
+        max_steps=batches.order.steps, gradient_accumulation_steps=batches.order.slots // resume.world_size(),
+        save_strategy="steps", save_steps=runtime.save_steps,
     )  # fmt: skip
     trainer = ZipTrainer(trainee, batches, optimisation, args, section)
-    steps, main = batches.order.steps, trainer.is_world_process_zero()
-    if main:
-        resume.claim(folder)
-    state = resume.last_complete_state(folder)
-    if main and state is not None:
-        print(f"resuming from step {state.name.rpartition('-')[2]} of {steps}", file=sys.stderr, flush=True)
-    before = {number: signal.signal(number, trainer.note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    done = trainer.state.global_step
-    if done < steps:
-        raise Stopped(trainer.stopped_by, f"Step {done} of {steps} is done and the training state is saved.")
-    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    if processes > 1:  # nobody may end, or remove the states, while another process is still in train()
-        trainer.accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()
-    return Outcome(done, trainer.shown.means, gathered)
+    gathered = train_to_the_end(trainer, folder)
+    return Outcome(trainer.state.global_step, trainer.shown.means, gathered)
 
 
-class ZipTrainer(transformers.Trainer):
+class ZipTrainer(Durable):
     """See the head of this file; `section` is named in errors."""
 
     def __init__(
@@ -137,40 +101,18 @@ class ZipTrainer(transformers.Trainer):
         _ = args.device
         args._n_gpu = min(args.n_gpu, 1)  # one process, one device: never torch's DataParallel
         super().__init__(trainee, args, data_collator=operator.itemgetter(0), train_dataset=batches)
-        if optimisation.optimizer == "muon" and self.is_fsdp_enabled:
-            raise UserError(
-                f"Muon needs whole matrices and cannot train sharded ones. Set {section}'s optimizer to adamw, or use a "
-                "launch profile without FSDP (runtime.accelerate)."
-            )
+        self.settle(optimisation, section)
         self.loss_is_scaled_for_ga = True
-        self.optimisation = optimisation
         self.shown = Shown(self)
-        self.stopped_by = 0  # the signal on which all processes stop
-        self.signalled = 0  # the first that this one has had
-        self._step_names: list[int] = []
-        self.remove_callback(PrinterCallback)
         self.add_callback(self.shown)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        self.optimizer = self.optimizer or make_optimizer(model or self.model, self.optimisation)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            warmup, shape = self.optimisation.warmup, self.optimisation.schedule
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: schedule_factor(step, num_training_steps, warmup, shape)
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised positions of the global batch."""
         count = torch.tensor(sum(int(batch["count"]) for batch in batch_samples), device=device)
-        self._step_names = [i for batch in batch_samples for i in batch["picked"].tolist()]
+        self.batch_names = self._names(i for batch in batch_samples for i in batch["picked"].tolist())
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -180,50 +122,13 @@ class ZipTrainer(transformers.Trainer):
         picked, count = batch.pop("picked"), batch.pop("count")
         sums = model(**batch)
         if not torch.isfinite(sums["loss"].detach()):
-            self._refuse_step("loss", picked.tolist())
+            self.refuse_step("loss", self._names(picked.tolist()))
         self.shown.add({**sums, "count": count, "tokens": batch["attention_mask"].sum()})
         assert num_items_in_batch is not None
         return sums["loss"] * (self.args.world_size / num_items_in_batch)  # DDP and FSDP average over processes
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP
-        if not torch.isfinite(torch.as_tensor(norm)):
-            self._refuse_step("gradient", self._step_names)
-        return norm
-
-    def _refuse_step(self, what: str, picked: list[int]) -> None:
-        names = [self.train_dataset.data.names[i] for i in picked]
-        shown = ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        raise UserError(
-            f"The {what} is not finite at step {self.state.global_step + 1} of {self.state.max_steps}; the step was "
-            f"not taken. The batch holds: {shown}. Lower the learning rate, or look at these."
-        )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Weights only, tied matrices once, by their first name."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = state_dict if state_dict is not None else self.model.state_dict()
-        names = {(tensor.data_ptr(), tensor.numel()): name for name, tensor in reversed(weights.items())}
-        distinct = {name: weights[name].contiguous() for name in names.values()}
-        save_file(distinct, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """None after the last step: the finished model is about to be written."""
-        if self.state.global_step >= self.state.max_steps:
-            return
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            resume.complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Nothing: the only missing keys are tied matrices, stored once."""
-
-    def note(self, number: int, frame: Any) -> None:
-        """A signal asks for a saved state after the step in progress."""
-        self.signalled = self.signalled or number
+    def _names(self, picked: Iterable[int]) -> list[str]:
+        return [self.train_dataset.data.names[i] for i in picked]
 
 
 class Shown(TrainerCallback):
@@ -251,10 +156,7 @@ class Shown(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, now = self.trainer, time.monotonic()
         wait = max(self.bar.mininterval, SECONDS_BETWEEN_READINGS) if self.bar is not None else float("inf")
-        trainer.stopped_by, due = trainer.signalled, int(now - self.since >= wait)
-        if args.world_size > 1:  # what one process wants, all do
-            flags = torch.tensor([[trainer.signalled, due]], device=args.device)
-            trainer.stopped_by, due = trainer.accelerator.gather(flags).amax(0).tolist()
+        due = trainer.agree(int(now - self.since >= wait))
         if trainer.stopped_by:
             control.should_save = control.should_training_stop = True
         last = control.should_training_stop or state.global_step >= state.max_steps

@@ -12,8 +12,7 @@ both over the states where there is a choice, whose share `choice` is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +22,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ziprc.config.load import Config
-from ziprc.evaluation.accuracy import majority_scores
-from ziprc.evaluation.bootstrap import Estimate, Resampling, quotient, rounded
-from ziprc.evaluation.outcomes import Outcomes, align, join_outcomes
+from ziprc.evaluation.answered import answered
+from ziprc.evaluation.bootstrap import Resampling, rounded
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.reading.logits import kl_drift
 from ziprc.reading.states import load_for_reading, token_pairs
-from ziprc.tables.grades import GRADES
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.qvalues import QVALUES
-from ziprc.tables.rollouts import ROLLOUTS
 
 KL_ROLLOUTS = 2  # of every prompt, on which the KL is taken
 COMPARED = ("accuracy", "majority", "tokens")
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The test rollouts of one policy, and what they were worth."""
-
-    rollouts: pa.Table
-    outcomes: Outcomes
-    found: Mapping[str, Estimate]
-
-
-def answered(config: Config, reads: Mapping[str, Path], name: str, prompts: Sequence[str]) -> Answered:
-    """Estimates over the given prompts; a prompt without a graded rollout counts in no mean, and is in no replicate's sum."""
-    where = reads[f"grades/{name}"]
-    rollouts, grades = ROLLOUTS.read(reads[f"rollouts/{name}"]), GRADES.read(where)
-    rollouts = rollouts.filter(pc.less(rollouts["sample_index"], config.rollouts.student_samples))
-    outcomes = join_outcomes(rollouts, grades, str(where))
-    number = {prompt: n for n, prompt in enumerate(prompts)}
-    group = np.array([number[p] for p in outcomes.prompt_ids.to_pylist()])[outcomes.group]
-    boot = Resampling(group, config.evaluate.bootstrap, config.seed, len(prompts))
-    answers = align(grades, outcomes.rollout_ids, str(where))["extracted_answer"].to_pylist()
-    asked = (np.bincount(group, minlength=len(prompts)) > 0).astype(float)
-    votes = majority_scores(group, answers, outcomes.score, len(prompts))
-    found = {
-        "accuracy": boot.ratio(outcomes.score), "majority": quotient(*boot.prompt_totals(votes, asked)),
-        "tokens": boot.ratio(outcomes.length), "finished": boot.ratio(outcomes.finished),
-    }  # fmt: skip
-    return Answered(rollouts, outcomes, found)
 
 
 def policy_record(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
@@ -72,9 +40,12 @@ def policy_record(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
     own, prompts = config.evaluate, PROMPTS.read(reads["prompts/test"])["prompt_id"].to_pylist()
     students = {f"policy-{name}": of for name, of in config.train_policy.students.items()}
     seen = {
-        name: answered(config, reads, f"test-{name}" if name in students else "test", prompts)
+        name: answered(
+            reads, f"test-{name}" if name in students else "test", prompts, own.bootstrap, config.seed,
+            config.rollouts.student_samples,
+        )
         for name in ("base", *students)
-    }
+    }  # fmt: skip
     rivals = ["base", *(name for name, of in students.items() if of.method == "rft")]
     tokenizer, base = load_tokenizer(reads["base"]), load_for_reading(reads["base"])
     rows = base.get_output_embeddings().weight.shape[0]

@@ -1,0 +1,44 @@
+"""How on-policy training went: one row a rollout, and one before the first.
+
+Counts, shares and means are over all responses of the rollout and all processes. `score` and what is called right are the
+grader's, unshaped; `reward` is what the optimiser saw. A share over nothing is null. Ratios are trainer over sampler for
+`mismatch_*` (before any update), and new over old policy for the others. The same run gives the same table, so times are not
+in it: they lie in `seconds/<name>.json`, which belongs to no artifact.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from ziprc.tables.check import TEXT, TableSchema, column, columns
+
+COUNTS = (
+    "step", "window", "next_window", "prompts", "responses", "ungraded", "tokens_prompt", "tokens_response", "tokens_total",
+    "held_out_tokens",
+)  # fmt: skip
+MEASURES = (
+    "success", "success_finished", "truncated", "score", "reward", "reward_std", "reward_total", "zero_variance",
+    "length_mean", "length_max", "right_length_mean", "right_length_q50", "right_length_q95",
+    "entropy", "kl", "clip_fraction", "grad_norm", "learning_rate",
+    "ratio_mean", "ratio_std", "ratio_p95", "log_ratio_mean", "log_ratio_std", "ratio_outside", "mismatch_kl", "mismatch_max",
+    "held_out",
+)  # fmt: skip
+
+PROGRESS = TableSchema(
+    "progress",
+    pa.schema(
+        [
+            column("rollout", pa.int64()),
+            *columns(pa.int64(), *COUNTS, null=True),
+            *columns(pa.float64(), *MEASURES, null=True),
+            column("probe", pa.bool_(), null=True),
+            column("decision", TEXT, null=True),  # why the next window is what it is
+            *columns(TEXT, "by_difficulty", "by_reason", null=True),  # JSON: responses and right ones; responses
+            column(
+                "held_out_scores", pa.large_list(pa.float64()), null=True
+            ),  # mean score of every judged prompt, in order
+        ]
+    ),
+    key=("rollout",),
+    unit_range=("success", "success_finished", "truncated", "score", "zero_variance", "held_out"),
+)

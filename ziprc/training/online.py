@@ -1,0 +1,431 @@
+"""On-policy training: TRL's GRPOTrainer (https://arxiv.org/abs/2402.03300), sampling through our engines.
+
+One rollout is: the window of its responses is planned, the engine gets the weights and samples with seeded requests, the
+graders judge what came out, TRL turns rewards to advantages and takes its optimiser steps, and a row of the progress table
+says what happened. What is ours, and TRL's is not:
+
+* the sampler is our engine in the trainer's own precision, so `hf` and `vllm` give the same run to the token; rows that are
+  never sampled are banned in the log-probabilities too; how far sampler and trainer differ is measured in every rollout;
+* training states at the ends of rollouts only. TRL drops a rollout that is half learned from, and samples another one after
+  a resume; so a stop waits for the end of the rollout, and a resumed run is the run that was never stopped;
+* the window (window.py) and every metric read the graders' unshaped verdicts; a failure to grade is no reward of 0: the
+  response is left out of its group.
+
+Private methods of TRL that are overridden: `_generate_single_turn`, `_calculate_rewards`, `_compute_loss`,
+`_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`; tests/unit/test_online.py guards each.
+B responses of this process, T tokens, V rows of the output matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+with warnings.catch_warnings():  # of a newer vLLM than TRL knows, which is of no matter where ours samples
+    warnings.simplefilter("ignore", UserWarning)
+    from trl import GRPOConfig, GRPOTrainer
+
+from ziprc.config.base import Runtime, Sampling
+from ziprc.config.online import Arm, TrainOnline
+from ziprc.engines.base import Engine, IdRange, Request, Response
+from ziprc.engines.recording import response_texts
+from ziprc.errors import UserError, first_few
+from ziprc.progress import progress
+from ziprc.rewards.base import Grade, Item
+from ziprc.rewards.combine import reward_function
+from ziprc.store.digests import derived_seed
+from ziprc.store.manifest import read_sealed, write_sealed
+from ziprc.tables.rollouts import FinishReason
+from ziprc.training import resume
+from ziprc.training.account import Answer, Rollout, Row, described, ratios, reason_of, score_of
+from ziprc.training.durable import Durable, distinct, machine_arguments
+from ziprc.training.window import Controller, Seen
+
+NEVER = -1e4  # logit of a banned row: its probability is exactly 0, and 0 times it is a number
+STATE, ROWS = "online.json", "progress.jsonl"
+PARTS = ("push", "generate", "grade", "score", "judge")  # of a rollout that are timed; the rest of it is the update
+Grader = Callable[[Sequence[Item]], list[Grade]]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Who samples: our engine, or None where TRL's own vLLM does; which ids end a response, which rows are never drawn."""
+
+    engine: Engine | None
+    stops: tuple[int, ...]
+    banned: tuple[IdRange, ...]
+    cap: int  # tokens of a response, at most
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts that the policy is judged on while it learns, and how they are asked. They move nothing."""
+
+    prompts: Sequence[Row]
+    token_ids: Sequence[Sequence[int]]
+    every: int  # rollouts
+    samples: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a rollout is cut up: rows of a micro-batch, micro-batches of an optimiser step and of a rollout, per process."""
+
+    micro: int
+    accumulation: int
+    steps: int
+    updates: int  # optimiser steps per rollout, all passes counted
+
+    @classmethod
+    def of(cls, arm: Arm, micro: int, processes: int) -> Sizes:
+        """The largest micro-batch of at most `micro` rows that divides its share. UserError when nothing does."""
+        rows = arm.prompts * arm.samples
+        own, rest = divmod(rows, processes * arm.updates)
+        if rest:
+            raise UserError(
+                f"A rollout has {rows} responses (prompts × samples), which {processes} processes cannot share in "
+                f"{arm.updates} updates. Make it a multiple of {processes * arm.updates} (train_online.arms)."
+            )
+        size = max(n for n in range(1, min(own, micro) + 1) if own % n == 0)
+        return cls(size, own // size, own // size * arm.updates, arm.updates * arm.passes)
+
+
+def grpo_config(
+    arm: Arm, own: TrainOnline, runtime: Runtime, sampler: Sampler, sizes: Sizes, folder: Path, seed: int
+) -> GRPOConfig:
+    """Our settings in TRL's words."""
+    theirs: dict[str, Any] = {}
+    if sampler.engine is None:
+        allowed = sorted(
+            set(range(max(b for _, b in sampler.banned))) - {i for a, b in sampler.banned for i in range(a, b)}
+        )
+        theirs = {
+            "use_vllm": True, "vllm_mode": own.engine, "vllm_tensor_parallel_size": runtime.tensor_parallel,
+            "vllm_gpu_memory_utilization": runtime.gpu_memory_utilization,
+            "generation_kwargs": {"allowed_token_ids": allowed} if sampler.banned else None,
+        }  # fmt: skip
+    return GRPOConfig(
+        **machine_arguments(runtime, folder, seed, arm.max_grad_norm), **theirs,
+        per_device_train_batch_size=sizes.micro, gradient_accumulation_steps=sizes.accumulation,
+        steps_per_generation=sizes.steps, num_iterations=arm.passes, max_steps=arm.rollouts * sizes.updates,
+        num_generations=arm.samples, max_completion_length=sampler.cap, save_strategy="no",
+        temperature=arm.temperature, top_p=1.0, top_k=0, min_p=None, beta=arm.beta, epsilon=arm.clip_low,
+        epsilon_high=arm.clip_high, loss_type=arm.loss, scale_rewards=arm.scale, mask_truncated_completions=arm.mask_truncated,
+        reward_weights=[of.weight for of in arm.rewards.values()], chat_template_kwargs={"enable_thinking": own.thinking},
+        gradient_checkpointing=runtime.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+
+
+class OnlineTrainer(Durable, GRPOTrainer):
+    """See the head of this file. `prompts` are rows of the prompts table."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row], arm: Arm, own: TrainOnline,
+        runtime: Runtime, sampler: Sampler, rule: Controller, grader: Grader, held_out: HeldOut, folder: Path, seed: int,
+    ) -> None:  # fmt: skip
+        if len(prompts) < arm.prompts:
+            raise UserError(
+                f"A rollout asks {arm.prompts} different prompts, but the split has {len(prompts)}. Raise prompts.train or lower "
+                "the arm's `prompts`."
+            )
+        self.sizes = Sizes.of(arm, runtime.rollouts_per_device, resume.world_size())
+        self.arm, self.own, self.sampler, self.rule, self.grader = arm, own, sampler, rule, grader
+        self.held_out, self.run_seed, self.folder, self.runtime = held_out, seed, folder, runtime
+        self.rows: list[Row] = []
+        self.now = Rollout()
+        self.pushed = -1  # the optimiser step whose weights the engine has
+        functions = [reward_function(name, of, sampler.cap) for name, of in arm.rewards.items()]
+        super().__init__(
+            model, functions, grpo_config(arm, own, runtime, sampler, self.sizes, folder, seed), processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{**row, "prompt": row["messages"]} for row in prompts]),
+        )  # fmt: skip
+        self.settle(arm, "train_online.arms")
+        for one in (self.model, self.ref_model):
+            if one is not None:
+                ban(self.accelerator.unwrap_model(one), sampler.banned)
+        self.add_callback(EndOfRollout(self))
+
+    # --- a rollout: sample, grade ---
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *more: Any
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """One response to each prompt, in the window that is planned: ids and log-probabilities of their tokens."""
+        now, number = self.now, self.rule.memory.rollouts
+        now.window, now.probe = self.rule.plan()
+        now.prompt_ids = prompt_ids
+        if self.sampler.engine is None:
+            self.vllm_generation.max_completion_length = now.window
+            with now.timed("generate"):
+                ids, said = super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *more)
+            ended = [FinishReason.STOP if one[-1] in self.sampler.stops else FinishReason.LENGTH for one in ids]
+            now.responses = [Response("", tuple(one), why) for one, why in zip(ids, ended, strict=True)]
+            return ids, said
+        self.push()
+        first = self.accelerator.process_index * len(prompt_ids)
+        seeds = [derived_seed(self.run_seed, "rollout", number, first + i) for i in range(len(prompt_ids))]
+        now.responses = self.sample(prompt_ids, seeds, now.window, "generate")
+        said = [response.log_probs.tolist() for response in now.responses if response.log_probs is not None]
+        return [list(response.token_ids) for response in now.responses], said
+
+    def push(self) -> None:
+        """Give the engine the weights of now, once a step."""
+        if self.sampler.engine is not None and self.pushed != self.state.global_step:
+            with self.now.timed("push"):
+                self.sampler.engine.load_weights(distinct(self.accelerator.unwrap_model(self.model).state_dict()))
+            self.pushed = self.state.global_step
+
+    def sample(self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], cap: int, part: str) -> list[Response]:
+        """One response to each prompt, drawn by the law that is trained."""
+        law = Sampling(temperature=self.arm.temperature, min_p=0.0)
+        requests = [
+            Request(str(i), tuple(ids), seed, cap, law)
+            for i, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
+        ]
+        assert self.sampler.engine is not None
+        with self.now.timed(part):
+            return self.sampler.engine.generate(requests)
+
+    def grade(self, prompts: Sequence[Row], responses: Sequence[Response], part: str) -> list[Grade | None]:
+        """The verdict on every response; None for one that did not end by itself."""
+        texts = response_texts(responses, self.processing_class)
+        ended = [i for i, response in enumerate(responses) if response.finish_reason is FinishReason.STOP]
+        items = [
+            Item(tuple(prompts[i]["messages"]), texts[i], prompts[i]["answer"], json.loads(prompts[i]["extra"]))
+            for i in ended
+        ]
+        with self.now.timed(part):
+            found = dict(zip(ended, self.grader(items), strict=True))
+        return [found.get(i) for i in range(len(responses))]
+
+    def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Grade, tell the window and the progress table, let TRL call the reward functions: [all responses, functions]."""
+        now, number = self.now, self.rule.memory.rollouts + 1
+        grades = self.grade(inputs, now.responses, "grade")
+        known = [
+            {**row, "score": score_of(grade) or 0.0, "finished": grade is not None, "window": now.window}
+            for row, grade in zip(inputs, grades, strict=True)
+        ]
+        rewards = super()._calculate_rewards(known, prompts, completions, completion_ids_list)
+        rows = zip(inputs, now.prompt_ids, now.responses, grades, strict=True)
+        answers = gather_object(
+            [
+                Answer(
+                    row["prompt_id"], row["difficulty"], len(ids), len(response.token_ids), grade is not None, score_of(grade),
+                    reason_of(grade),
+                )
+                for row, ids, response, grade in rows
+            ]
+        )  # fmt: skip
+        failed = torch.tensor([answer.score is None for answer in answers], device=rewards.device)
+        if bad := (~torch.isfinite(rewards).all(-1) & ~failed).nonzero()[:, 0].tolist():
+            raise UserError(
+                f"A reward is not a number for {len(bad)} responses of rollout {number}, to prompts "
+                f"{first_few(sorted({answers[i].prompt_id for i in bad}))}. The last training state is kept. Mend the function "
+                "(rewards of the arm)."
+            )
+        rewards[failed] = torch.nan  # TRL leaves what is not graded out of its group
+        now.row = {"rollout": number, "window": now.window, "probe": now.probe, **described(answers)}
+        length, finished, right = (
+            np.array([getattr(a, key) for a in answers]) for key in ("length", "finished", "right")
+        )
+        self.rule.observe(Seen(now.window, now.probe, length, finished, right))
+        now.row |= {"decision": self.rule.memory.reason, "next_window": self.rule.plan()[0]}
+        return rewards
+
+    # --- learning from it ---
+
+    def _get_per_token_logps_and_entropies(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with self.now.timed("score") if not torch.is_grad_enabled() else contextlib.nullcontext():
+            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self.scored = found[0].detach()
+        return found
+
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """TRL's loss; refused before the step when a token of it has no probability."""
+        loss: Tensor = super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"].bool()
+        self.batch_names = [f"rollout {self.rule.memory.rollouts}"]
+        new = self.scored[mask]
+        if not (torch.isfinite(loss.detach()) and torch.isfinite(new).all()):
+            self.refuse_step("loss", self.batch_names)
+        if (new < NEVER / 2).any():
+            raise UserError(
+                f"The sampler drew a token without probability, at step {self.state.global_step + 1} of {self.state.max_steps}, "
+                f"in {self.batch_names[0]}; the step was not taken. Sampler and trainer ban other rows of the output matrix."
+            )
+        old = inputs["old_per_token_logps"][mask] if "old_per_token_logps" in inputs else new
+        self.now.log_ratios.append((new - old).float().cpu())
+        if "sampling_per_token_logps" in inputs:
+            self.now.mismatches.append((old - inputs["sampling_per_token_logps"][mask]).float().cpu())
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.now.norms.append(float(norm))
+        return norm
+
+    def end_rollout(self) -> None:
+        """Finish the row of the progress table, judge the policy where that is due, and warn of a sampler that differs."""
+        now, row, before = self.now, self.now.row, self.rows[-1] if self.rows else {}
+        means = {name: float(np.nanmean(of)) for name, of in self._metrics["train"].items() if len(of)}
+        self._metrics["train"].clear()
+        found = ratios(now, self.arm.clip_low, self.arm.clip_high)
+        values = torch.tensor(list(found.values()), dtype=torch.float64, device=self.accelerator.device)
+        values = self.accelerator.reduce(values, "mean") if self.args.world_size > 1 else values
+        row |= {
+            "step": self.state.global_step, "reward": means.get("reward"), "reward_std": means.get("reward_std"),
+            "reward_total": before.get("reward_total", 0.0) + means.get("reward", 0.0),
+            "tokens_total": before.get("tokens_total", 0) + row["tokens_response"],
+            "zero_variance": means.get("frac_reward_zero_std"), "entropy": means.get("entropy"), "kl": means.get("kl"),
+            "clip_fraction": means.get("clip_ratio/region_mean"), "grad_norm": float(np.mean(now.norms)),
+            "learning_rate": self.lr_used, **dict(zip(found, values.tolist(), strict=True)),
+        }  # fmt: skip
+        if self.held_out.every and (
+            row["rollout"] % self.held_out.every == 0 or self.state.global_step >= self.state.max_steps
+        ):
+            row |= self.judge()
+        self.close_row(row)
+        if self.is_world_process_zero() and row.get("mismatch_kl", 0.0) > self.own.mismatch:
+            print(
+                f"rollout {row['rollout']}: sampler and trainer differ by {row['mismatch_kl']:.2g} nats a token, more than "
+                f"train_online.mismatch={self.own.mismatch:g}: what is learned from was drawn by another policy",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def close_row(self, row: Row) -> None:
+        """Add a row to the table and its file, and to the trackers; the next rollout begins."""
+        row |= {f"seconds_{part}": self.now.seconds.get(part, 0.0) for part in PARTS}
+        row["seconds"] = time.monotonic() - self.now.began
+        self.rows.append(row)
+        if self.is_world_process_zero():
+            with open(self.folder / ROWS, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.args.report_to:
+            self.log({name: value for name, value in row.items() if isinstance(value, int | float)})
+        self.now = Rollout()
+
+    def judge(self) -> Row:
+        """How the policy of now answers the held-out prompts, at the largest window, with the same seeds every time."""
+        own = self.held_out
+        self.push()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        asked = [(p, k) for p in range(len(own.prompts)) for k in range(own.samples)][rank::world]
+        seeds = [derived_seed(self.run_seed, "held out", own.prompts[p]["prompt_id"], k) for p, k in asked]
+        answers = self.sample([own.token_ids[p] for p, _ in asked], seeds, self.sampler.cap, "judge")
+        grades = self.grade([own.prompts[p] for p, _ in asked], answers, "judge")
+        mine = [
+            (p, 0.0 if grade is None else score_of(grade), len(answer.token_ids))
+            for (p, _), grade, answer in zip(asked, grades, answers, strict=True)
+        ]
+        every = gather_object(mine)
+        scores = [[score for q, score, _ in every if q == p and score is not None] for p in range(len(own.prompts))]
+        means = [float(np.mean(of)) if of else 0.0 for of in scores]
+        return {
+            "held_out": float(np.mean(means)), "held_out_scores": means, "held_out_tokens": sum(n for _, _, n in every),
+        }  # fmt: skip
+
+    # --- training states ---
+
+    def complete_state(self, state: Path) -> None:
+        write_sealed(state / STATE, {"window": self.rule.state(), "rows": len(self.rows)})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        kept = read_sealed(Path(checkpoint) / STATE) if checkpoint else None
+        if kept:
+            self.rule.load(kept["window"])
+        if self.is_world_process_zero():  # rows after the state are of rollouts that will be sampled again
+            lines = (self.folder / ROWS).read_text().splitlines()[: kept["rows"]] if kept else []
+            self.rows = [json.loads(line) for line in lines]
+            (self.folder / ROWS).write_text("".join(f"{line}\n" for line in lines))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: a checkpoint describes itself."""
+
+
+class EndOfRollout(TrainerCallback):
+    """Closes rollouts, saves at their ends, and shows how far the run is."""
+
+    def __init__(self, trainer: OnlineTrainer) -> None:
+        self.trainer, self.bar = trainer, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        self.saved = state.global_step
+        if state.is_world_process_zero:
+            done = state.global_step // trainer.sizes.updates
+            self.bar = progress(trainer.arm.rollouts, args.run_name, "rollouts", done=done)
+        if trainer.held_out.every and state.global_step == 0:
+            trainer.close_row({"rollout": 0, "step": 0, "tokens_total": 0} | trainer.judge())
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.lr_used = self.trainer.optimizer.param_groups[0]["lr"]  # the schedule moves on before on_step_end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        if state.global_step % trainer.sizes.updates:
+            return
+        trainer.end_rollout()
+        due = trainer.agree(int(state.global_step - self.saved >= trainer.runtime.save_steps))
+        if trainer.stopped_by:
+            control.should_training_stop = True
+        if due or trainer.stopped_by:
+            control.should_save, self.saved = True, state.global_step
+        if self.bar is not None:
+            row = trainer.rows[-1]
+            rate = row["tokens_response"] / max(row["seconds"], 1e-9)
+            self.bar.set_postfix_str(
+                f"right {row['success']:.3f} window {row['window']} length {row['length_mean']:.0f} cut {row['truncated']:.0%} "
+                f"{rate / 1000:.1f} ktok/s", refresh=False,
+            )  # fmt: skip
+            self.bar.update()
+            if state.global_step >= state.max_steps or trainer.stopped_by:
+                self.bar.close()
+
+
+class _Whole(Tensor):
+    """A tensor that is not sharded, and says so where TRL asks a sharded one for the whole."""
+
+    def full_tensor(self) -> Tensor:
+        return self
+
+
+def ban(model: PreTrainedModel, banned: Sequence[IdRange]) -> None:
+    """Let `model` give no probability to these rows, as the engines do. Not part of its weights: nothing of it is saved."""
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        raise UserError(
+            "The model's output matrix has a bias, which on-policy training cannot keep apart from what is banned."
+        )
+    if not banned:
+        return
+    rows = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
+    for first, last in banned:
+        rows[first:last] = NEVER
+    del head._parameters["bias"]
+    head.bias = rows.as_subclass(_Whole)
+
+
+def unban(model: PreTrainedModel) -> None:
+    """Undo `ban`, before the model is saved."""
+    head = model.get_output_embeddings()
+    if "bias" not in head._parameters:
+        del head.bias
+        head.register_parameter("bias", None)
