@@ -263,3 +263,8 @@ def test_the_first_steps_learn_the_reward_at_the_end_and_the_last_ones_the_lengt
     steps = [batches[i * batches.order.slots] for i in range(batches.order.steps)]
     assert [bool(step["censored"].all()) for step in steps] == [True] * 6 + [False] * 6
     assert [bool((step["weight"] == 0).any()) for step in steps] == [True] * 3 + [False] * 9
+
+
+def test_every_unit_has_the_name_of_a_rollout_for_errors() -> None:
+    data = pack_data(THREE, [[1, 0], [2, 0]], TOKENIZER, TrainCritic(), GRID)
+    assert data.names == ["r1", "r2"] * 3 and len(data) == 2

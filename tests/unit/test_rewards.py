@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,6 +73,52 @@ def test_countdown_needs_every_number_once_and_the_target(response: str, score: 
 def test_countdown_says_in_a_word_what_is_wrong(response: str, reason: str) -> None:
     rationale = CountdownGrader().grade([asked(response, None, numbers=[3, 4, 5], target=32)])[0].rationale
     assert str(rationale).partition(":")[0] == reason
+
+
+PUBLISHED = [  # expression, numbers, target, the published reward, ours
+    ("1 + 2 + 3", (1, 2, 3), 6, 1, 1), ("1 + 2 + 3 = 6", (1, 2, 3), 6, 0, 1), ("12 + 3", (1, 2, 3), 15, 0, 0),
+    ("1.2 + 3", (1, 2, 3), 4.2, 1, 0), ("2**3 + 1", (1, 2, 3), 9, 1, 0), ("2//1 + 3", (1, 2, 3), 5, 1, 0),
+    ("-1 + 2 + 3", (1, 2, 3), 4, 1, 0), ("- -1 + 2 + 3", (1, 2, 3), 6, 1, 0), ("(1)(2)+3", (1, 2, 3), 5, 0, 0),
+    ("1 2 + 3", (1, 2, 3), 15, 0, 0), ("007", (7,), 7, 0, 1), ("1 × 2", (1, 2), 2, 0, 1), ("1/(2-2)", (1, 2, 2), 1, 0, 0),
+    ("__import__('os').getpid()", (1,), 1, 0, 0), ("(3+5)*4", (3, 4, 5), 32, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "numbers", "target", "theirs", "ours"), PUBLISHED)
+def test_the_published_reward_and_ours_differ_where_it_can_be_cheated(
+    text: str, numbers: tuple[int, ...], target: float, theirs: int, ours: int
+) -> None:
+    item = asked(f"<think>\nwhat\n</think>\n<answer>{text}</answer>", None, numbers=list(numbers), target=target)
+    assert CountdownGrader("legacy").grade([item])[0].score == theirs
+    if isinstance(target, int):
+        assert CountdownGrader("field").grade([item])[0].score == ours
+
+
+def test_what_hung_the_published_rewards_worker_is_answered_at_once() -> None:
+    began = time.monotonic()
+    for text in ("9**9**9", "9**99999", "(" * 5000 + "9" + ")" * 5000, "9" * 4000, "-" * 50000 + "9"):
+        item = asked(f"<answer>{text}</answer>", None, numbers=[9] * len(re.findall(r"\d+", text)), target=1)
+        for style in ("strict", "field", "legacy"):
+            assert CountdownGrader(style).grade([item])[0].score == 0
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["(3+5)*4", "(3+5)*4 = 32", "(3 + 5) × 4", "<answer>(3+5)*4</answer>", "<answer>\n(3+5)*4\n</answer>.", "\\boxed{(3+5)*4}",
+     "```\n(3+5)*4\n```", "So I use `(3+5)*4`.", "$(3+5) \\times 4 = 32$", "The answer is (3+5)*4.", "[3+5]*4",
+     "First 3*4=12.\nThen (3+5)*4 = 32 works.", "**(3+5)*4**"],
+)  # fmt: skip
+def test_an_answer_as_models_write_it_is_read_where_the_style_says_so(answer: str) -> None:
+    item = asked(f"<think>\n3*5*4\n</think>\n\n{answer}", None, numbers=[3, 4, 5], target=32)
+    assert CountdownGrader("field").grade([item])[0].score == 1
+    assert CountdownGrader().grade([item])[0].score == (answer == "(3+5)*4")
+
+
+@pytest.mark.parametrize("answer", ["I give up", "32", "3+5*4", "<answer></answer>", "\\boxed{}", "(3+5)*4*5", ""])
+def test_a_wrong_answer_is_wrong_in_every_style(answer: str) -> None:
+    item = asked(answer, None, numbers=[3, 4, 5], target=32)
+    assert [CountdownGrader(style).grade([item])[0].score for style in ("strict", "field", "legacy")] == [0, 0, 0]
 
 
 def test_a_division_by_zero_is_wrong() -> None:

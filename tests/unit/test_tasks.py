@@ -385,6 +385,24 @@ def problems(tmp_path):
     return path
 
 
+def test_a_template_makes_the_problem_of_columns_and_hands_others_to_graders(tmp_path) -> None:
+    path = tmp_path / "countdown.jsonl"
+    rows = [{"nums": [i, i + 1, i + 2][: 2 + i % 2], "target": 2 * i} for i in range(40)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    settings = {
+        "dataset": str(path), "template": "Make {target} from {nums}", "difficulty_column": "nums",
+        "extra_columns": {"numbers": "nums", "target": "target"}, "splits": {"train": "train[:30]", "validation": "train[30:35]", "test": "train[35:]"},
+    }  # fmt: skip
+    prompts = get_task("hub").prompts(settings, "train", 0, 0)
+    assert len(prompts) == 30 and {prompt.difficulty for prompt in prompts} == {"2", "3"}
+    by_text = {prompt.messages[0]["content"]: prompt for prompt in prompts}
+    assert by_text["Make 6 from [3, 4, 5]"].extra == {"numbers": [3, 4, 5], "target": 6}
+    assert by_text["Make 6 from [3, 4, 5]"].answer is None
+    for wrong, words in (("Make {goal}", "no column 'goal'"), ("Make {", "cannot be read")):
+        with pytest.raises(UserError, match=words):
+            get_task("hub").prompts({**settings, "template": wrong}, "train", 0, 0)
+
+
 def test_a_local_file_is_read_by_column_mapping(problems) -> None:
     settings = {
         "dataset": str(problems),

@@ -105,6 +105,10 @@ class Grades(Section):
     """Is the answer right? The rule first; the judge, if there is one, for what the rule cannot settle."""
 
     rule: Literal["exact", "math", "countdown", "none"] = Field("exact", description="grader; math: math-verify")
+    style: Literal["strict", "field", "legacy"] = Field(
+        "strict",
+        description="of the rule countdown: the answer is the expression, is written as models do, or as published",
+    )
     timeout_s: float = Field(5.0, gt=0, description="seconds for one answer; only math takes time")
     judge: Judge | None = Field(None, description="null: the rule has the last word")
 

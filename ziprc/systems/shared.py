@@ -79,8 +79,8 @@ def grader_modules(config: Config) -> list[str]:
 
 
 def grading_keys(config: Config) -> list[str]:
-    """Keys that decide a grade: only math has a time limit, and the judge runs on the engine of the rollouts."""
-    timed = ["grades.timeout_s"] if config.grades.rule == "math" else []
+    """Keys that decide a grade: a rule's own, and the judge's engine, which is that of the rollouts."""
+    timed = {"math": ["grades.timeout_s"], "countdown": ["grades.style"]}.get(config.grades.rule, [])
     return ["grades.rule", "grades.judge", *timed, *(["rollouts.engine"] if config.grades.judge else [])]
 
 

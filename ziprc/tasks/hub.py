@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -39,7 +40,9 @@ class Source(Section):
     split: str = Field("train", description="the data set's split that is cut by hash where `splits` names none")
     prompt_column: str = Field("problem", description="problem as text, or as a list of messages with role and content")
     answer_column: str = Field("answer", description="the right answer")
-    difficulty_column: str | None = Field(None, description="empty: the source is the difficulty")
+    difficulty_column: str | None = Field(
+        None, description="empty: the source is the difficulty; of a list, its length is"
+    )
     answer_marker: str | None = Field(None, description="the right answer is what follows the last one, e.g. '####'")
 
 
@@ -69,6 +72,10 @@ class Settings(Source):
         {}, description="the data set's split, or slice of one, for each of ours"
     )
     instruction: str = Field("", description="text appended to every problem")
+    template: str | None = Field(
+        None, description="the problem, with columns in braces, where no column holds it: 'Make {target} from {nums}'"
+    )
+    extra_columns: dict[str, str] = Field({}, description="what graders may want to know, and the column it is in")
     shuffle_seed: int | None = Field(
         None, ge=0, description="order of the rows, of which the first distinct ones are taken; empty: the run's seed"
     )
@@ -134,21 +141,27 @@ class Hub:
         """The rows that are of the split, as prompts; UserError when a column that the settings name is in no row."""
         data = part.data
         columns = {column for row in rows for column in row}
-        for column in (data.prompt_column, data.answer_column, data.difficulty_column):
+        own = data is options  # a benchmark has columns of its own
+        template = options.template if own else None
+        extra = options.extra_columns if own else {}
+        asked = fields(template) if template else [data.prompt_column, data.answer_column]
+        for column in (*asked, data.difficulty_column, *extra.values()):
             if rows and column and column not in columns:
                 raise UserError(
                     f"hub: '{data.dataset}' has no column '{column}'{nearest(column, columns)}; it has "
                     f"{', '.join(sorted(columns))}. Set `prompt_column` and `answer_column`."
                 )
         for row in rows:
-            problem = row.get(data.prompt_column)
+            problem = template.format(**row) if template else row.get(data.prompt_column)
             messages = chat_messages(problem, options.instruction, data) if problem else ()
             if problem and (part.whole or split_of(content(messages), SHARES) == split):
                 name = prompt_id(self.name, part.name, content(messages))
                 answer = "" if (answer := row.get(data.answer_column)) is None else str(answer)
                 gold = (answer.rpartition(data.answer_marker)[2] if data.answer_marker else answer).strip() or None
-                difficulty = str(row.get(data.difficulty_column)) if data.difficulty_column else part.name
-                yield Prompt(name, self.name, part.name, split, messages, gold, difficulty)
+                level = row.get(data.difficulty_column) if data.difficulty_column else part.name
+                difficulty = str(len(level) if isinstance(level, list) else level)
+                known = {key: row[column] for key, column in extra.items()}
+                yield Prompt(name, self.name, part.name, split, messages, gold, difficulty, known)
 
     def _held_out(self, options: Settings, split: str) -> Iterator[str]:
         """Contents of the problems that the split must not share. Where the hash cuts both, it cuts by content already."""
@@ -161,6 +174,14 @@ class Hub:
 
 
 TASK = Hub()
+
+
+def fields(template: str) -> list[str]:
+    """The columns that a template names; UserError where it is none."""
+    try:
+        return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"hub: the template '{template}' cannot be read: {error}. A brace is written twice.") from None
 
 
 def parts(options: Settings, split: str) -> list[Part]:

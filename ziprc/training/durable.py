@@ -80,7 +80,6 @@ class Durable(Trainer):
         self.optimisation = optimisation
         self.stopped_by = 0  # the signal on which all processes stop
         self.signalled = 0  # the first that this one has had
-        self.batch_names: Sequence[str] = ()  # of what the step in progress learns from
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -100,8 +99,12 @@ class Durable(Trainer):
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP
         if not torch.isfinite(torch.as_tensor(norm)):
-            self.refuse_step("gradient", self.batch_names)
+            self.refuse_step("gradient", self.step_names())
         return norm
+
+    def step_names(self) -> Sequence[str]:
+        """What the step in progress learns from, for errors."""
+        raise NotImplementedError
 
     def refuse_step(self, what: str, names: Sequence[str]) -> None:
         """Raise the UserError of a step that is not taken."""

@@ -261,20 +261,22 @@ class OnlineTrainer(Durable, GRPOTrainer):
         """TRL's loss; refused before the step when a token of it has no probability."""
         loss: Tensor = super()._compute_loss(model, inputs)
         mask = inputs["completion_mask"].bool()
-        self.batch_names = [f"rollout {self.rule.memory.rollouts}"]
         new = self.scored[mask]
         if not (torch.isfinite(loss.detach()) and torch.isfinite(new).all()):
-            self.refuse_step("loss", self.batch_names)
+            self.refuse_step("loss", self.step_names())
         if (new < NEVER / 2).any():
             raise UserError(
                 f"The sampler drew a token without probability, at step {self.state.global_step + 1} of {self.state.max_steps}, "
-                f"in {self.batch_names[0]}; the step was not taken. Sampler and trainer ban other rows of the output matrix."
+                f"in {self.step_names()[0]}; the step was not taken. Sampler and trainer ban other rows of the output matrix."
             )
         old = inputs["old_per_token_logps"][mask] if "old_per_token_logps" in inputs else new
         self.now.log_ratios.append((new - old).float().cpu())
         if "sampling_per_token_logps" in inputs:
             self.now.mismatches.append((old - inputs["sampling_per_token_logps"][mask]).float().cpu())
         return loss
+
+    def step_names(self) -> list[str]:
+        return [f"rollout {self.rule.memory.rollouts}"]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)

@@ -361,7 +361,7 @@ def pack_data(
     ends, segments = np.cumsum(sizes + lengths), np.cumsum([0, *(len(pack) for pack in kept if pack)])
     leaders = [rollouts[members[i]].rollout_id for i in segments[:-1]]
     return PackData(
-        names=[*leaders, *leaders], tokens=np.concatenate([ids for pair in zip(gaps, responses, strict=True) for ids in pair]),
+        names=[*leaders] * 3, tokens=np.concatenate([ids for pair in zip(gaps, responses, strict=True) for ids in pair]),
         offsets=np.concatenate([[0], ends])[segments], segments=segments,
         members=np.array(members), first=ends - lengths - 1, lengths=lengths,
         reward_bin=grid.reward_bin([rollouts[i].score for i in members]), censored=np.array([rollouts[i].cut for i in members]),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class ZipTrainer(Durable):
         super().__init__(trainee, args, data_collator=operator.itemgetter(0), train_dataset=batches)
         self.settle(optimisation, section)
         self.loss_is_scaled_for_ga = True
+        self.picked: list[int] = []  # units of the step in progress
         self.shown = Shown(self)
         self.add_callback(self.shown)
 
@@ -112,7 +113,7 @@ class ZipTrainer(Durable):
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Tensor:
         """Supervised positions of the global batch."""
         count = torch.tensor(sum(int(batch["count"]) for batch in batch_samples), device=device)
-        self.batch_names = self._names(i for batch in batch_samples for i in batch["picked"].tolist())
+        self.picked = [i for batch in batch_samples for i in batch["picked"].tolist()]
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def compute_loss(
@@ -122,13 +123,15 @@ class ZipTrainer(Durable):
         picked, count = batch.pop("picked"), batch.pop("count")
         sums = model(**batch)
         if not torch.isfinite(sums["loss"].detach()):
-            self.refuse_step("loss", self._names(picked.tolist()))
+            self.picked = picked.tolist()
+            self.refuse_step("loss", self.step_names())
         self.shown.add({**sums, "count": count, "tokens": batch["attention_mask"].sum()})
         assert num_items_in_batch is not None
         return sums["loss"] * (self.args.world_size / num_items_in_batch)  # DDP and FSDP average over processes
 
-    def _names(self, picked: Iterable[int]) -> list[str]:
-        return [self.train_dataset.data.names[i] for i in picked]
+    def step_names(self) -> list[str]:
+        names = self.train_dataset.data.names
+        return [names[i] for i in self.picked]
 
 
 class Shown(TrainerCallback):
