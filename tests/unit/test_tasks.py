@@ -391,7 +391,8 @@ def test_a_template_makes_the_problem_of_columns_and_hands_others_to_graders(tmp
     path.write_text("\n".join(json.dumps(row) for row in rows))
     settings = {
         "dataset": str(path), "template": "Make {target} from {nums}", "difficulty_column": "nums",
-        "extra_columns": {"numbers": "nums", "target": "target"}, "splits": {"train": "train[:30]", "validation": "train[30:35]", "test": "train[35:]"},
+        "extra_columns": {"numbers": "nums", "target": "target"},
+        "splits": {"train": "train[:30]", "validation": "train[30:35]", "test": "train[35:]"},
     }  # fmt: skip
     prompts = get_task("hub").prompts(settings, "train", 0, 0)
     assert len(prompts) == 30 and {prompt.difficulty for prompt in prompts} == {"2", "3"}

@@ -46,7 +46,7 @@ def test_a_probe_runs_at_the_largest_window_and_does_not_stay() -> None:
         plans.append(control.plan())
         rollout(control, [20] * 16)
     assert {window for window, probe in plans if probe} == {256}
-    assert {window for window, probe in plans[1:] if not probe} == {32}
+    assert {window for window, probe in plans[1:] if not probe} == {40}
     assert 10 <= sum(probe for _, probe in plans) <= 30
 
 

@@ -32,15 +32,15 @@ class Window(Section):
     least: int = Field(10, ge=1, description="right responses that must be remembered before the window moves")
     memory: int = Field(10, ge=1, description="adaptive, proposed: rollouts whose right responses are remembered")
     quantile: float = Field(
-        0.95, gt=0, le=1, description="adaptive, proposed: of their lengths, which the window follows"
+        0.8, gt=0, le=1, description="adaptive, proposed: of their lengths, which the window follows"
     )
     room: float = Field(
-        1.5, ge=1, description="adaptive, proposed: the window it shrinks to, as a multiple of that length"
+        2.0, ge=1, description="adaptive, proposed: the window it shrinks to, as a multiple of that length"
     )
     edge: Unit = Field(
         0.85, description="adaptive: a right response longer than this share of the window presses against it"
     )
-    crowd: Unit = Field(0.1, description="adaptive: share of right responses that must press before the window grows")
+    crowd: Unit = Field(0.2, description="adaptive: share of right responses that must press before the window grows")
     growth: float = Field(0.15, gt=0, description="adaptive: share of the window by which it grows at a time")
     drop: float = Field(1.0, gt=0, le=1, description="adaptive: largest share of the window that it loses at a time")
     probes: Unit = Field(

@@ -245,6 +245,9 @@ class OnlineTrainer(Durable, GRPOTrainer):
         )
         self.rule.observe(Seen(now.window, now.probe, length, finished, right))
         now.row |= {"decision": self.rule.memory.reason, "next_window": self.rule.plan()[0]}
+        torch.manual_seed(
+            derived_seed(self.run_seed, "shuffle", number)
+        )  # of TRL, whatever the engine has drawn before
         return rewards
 
     # --- learning from it ---

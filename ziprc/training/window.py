@@ -210,7 +210,7 @@ def proposed(control: Controller, seen: Seen) -> Decision:
         memory.success = _ema(memory.success, float(seen.correct.mean()), own.ema)
         memory.truncated = _ema(memory.truncated, float((~seen.finished).mean()), own.ema)
     if (wait := control.due(len(lengths))) or memory.success is None or memory.truncated is None:
-        return window, wait
+        return window, wait or "nothing but probes so far"
     enough = own.room * float(np.quantile(lengths, own.quantile))
     if memory.rollouts == own.warmup:
         return enough, "end of the warm-up"
