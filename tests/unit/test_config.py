@@ -157,7 +157,9 @@ def test_an_unknown_suite_or_system_names_the_nearest(path: Path) -> None:
 def test_every_suite_of_the_repository_builds_something() -> None:
     found = suites(ROOT / "config.yaml")
     assert set(found) == {"smoke", "toy", "toy-countdown"}
-    built = {name: {system for one in of for system in load(ROOT / "config.yaml", one).systems} for name, of in found.items()}
+    built = {
+        name: {system for one in of for system in load(ROOT / "config.yaml", one).systems} for name, of in found.items()
+    }
     assert built == {"smoke": set(SYSTEMS), "toy": {"zip-rc"}, "toy-countdown": {"countdown-rl"}}
     for name, systems in built.items():
         assert all(suite(ROOT / "config.yaml", name, system) for system in systems)

@@ -34,7 +34,8 @@ from ziprc.tables.grades import GradeStatus
 from ziprc.tables.progress import PROGRESS
 from ziprc.training.account import Answer, described
 from ziprc.training.durable import train_to_the_end
-from ziprc.training.online import HeldOut, OnlineTrainer, Sampler, Sizes, ban, unban
+from ziprc.training.micro import Sizes
+from ziprc.training.online import HeldOut, OnlineTrainer, Sampler, ban, unban
 from ziprc.training.window import Controller
 
 CAP, STOPS = 16, tuple(range(0, 260, 8))
@@ -74,6 +75,13 @@ class Run:
         )  # fmt: skip
 
     def train(self) -> list[dict[str, Any]]:
+        plain, self.sampled = self.engine.generate, list[Response]()
+
+        def generate(requests: Sequence[Request]) -> list[Response]:
+            self.sampled = plain(requests)
+            return self.sampled
+
+        self.engine.generate = generate  # type: ignore[method-assign]
         with contextlib.closing(self.engine):
             train_to_the_end(self.trainer, self.states)
         return self.trainer.rows
@@ -267,6 +275,27 @@ def test_accumulation_changes_nothing(tmp_path: Path) -> None:
         torch.testing.assert_close(parts.weights()[name], tensor, atol=2e-4, rtol=0)
 
 
+def test_micro_batches_hold_responses_of_like_lengths_and_no_padding_beyond(tmp_path: Path) -> None:
+    run = Run(tmp_path, EASY.model_copy(update={"rollouts": 1, "updates": 2}), runtime=Runtime(rollouts_per_device=4))
+    caught: list[dict[str, torch.Tensor]] = []
+    plain = run.trainer._compute_loss
+    run.trainer._compute_loss = lambda model, inputs: (caught.append(dict(inputs)), plain(model, inputs))[1]  # type: ignore[method-assign]
+    run.train()
+    lengths = [inputs["completion_mask"].sum(1).tolist() for inputs in caught]
+    assert len(caught) == 8 and all(len(of) == 4 for of in lengths)
+    assert [inputs["completion_ids"].shape[1] for inputs in caught] == [max(of) for of in lengths]
+    for step in (lengths[:4], lengths[4:]):
+        flat = [length for of in step for length in of]
+        assert flat == sorted(flat, reverse=True) and len(set(flat)) > 3
+    sampled = sorted(tuple(response.token_ids) for response in run.sampled)
+    learned = sorted(
+        tuple(ids[mask.bool()].tolist())
+        for inputs in caught
+        for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
+    )
+    assert learned == sampled  # every response once, with its own tokens
+
+
 @pytest.mark.parametrize("loss", ["dapo", "grpo"])
 def test_advantage_and_loss_are_those_of_a_slow_loop(tmp_path: Path, loss: str) -> None:
     arm = EASY.model_copy(update={"rollouts": 1, "updates": 2, "loss": loss, "beta": 0.1})
@@ -451,6 +480,7 @@ def test_prompts_are_templated_as_they_are_for_rollouts(tmp_path: Path) -> None:
         ("_generate_single_turn", "self prompt_ids images multimodal_fields num_generations has_tool_images"),
         ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
         ("_compute_loss", "self model inputs"),
+        ("_prepare_inputs", "self generation_batch"),
         ("_load_optimizer_and_scheduler", "self checkpoint"),
         ("_save_checkpoint", "self model trial"),
         ("create_model_card", "self model_name dataset_name tags"),

@@ -11,7 +11,7 @@ says what happened. What is ours, and TRL's is not:
 * the window (window.py) and every metric read the graders' unshaped verdicts; a failure to grade is no reward of 0: the
   response is left out of its group.
 
-Private methods of TRL that are overridden: `_generate_single_turn`, `_calculate_rewards`, `_compute_loss`,
+Private methods of TRL that are overridden: `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`, `_compute_loss`,
 `_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`; tests/unit/test_online.py guards each.
 B responses of this process, T tokens, V rows of the output matrix.
 """
@@ -53,6 +53,7 @@ from ziprc.tables.rollouts import FinishReason
 from ziprc.training import resume
 from ziprc.training.account import Answer, Rollout, Row, described, ratios, reason_of, score_of
 from ziprc.training.durable import Durable, distinct, machine_arguments
+from ziprc.training.micro import Sizes, by_length
 from ziprc.training.window import Controller, Seen
 
 NEVER = -1e4  # logit of a banned row: its probability is exactly 0, and 0 times it is a number
@@ -79,29 +80,6 @@ class HeldOut:
     token_ids: Sequence[Sequence[int]]
     every: int  # rollouts
     samples: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How a rollout is cut up: rows of a micro-batch, micro-batches of an optimiser step and of a rollout, per process."""
-
-    micro: int
-    accumulation: int
-    steps: int
-    updates: int  # optimiser steps per rollout, all passes counted
-
-    @classmethod
-    def of(cls, arm: Arm, micro: int, processes: int) -> Sizes:
-        """The largest micro-batch of at most `micro` rows that divides its share. UserError when nothing does."""
-        rows = arm.prompts * arm.samples
-        own, rest = divmod(rows, processes * arm.updates)
-        if rest:
-            raise UserError(
-                f"A rollout has {rows} responses (prompts × samples), which {processes} processes cannot share in "
-                f"{arm.updates} updates. Make it a multiple of {processes * arm.updates} (train_online.arms)."
-            )
-        size = max(n for n in range(1, min(own, micro) + 1) if own % n == 0)
-        return cls(size, own // size, own // size * arm.updates, arm.updates * arm.passes)
 
 
 def grpo_config(
@@ -251,6 +229,18 @@ class OnlineTrainer(Durable, GRPOTrainer):
         return rewards
 
     # --- learning from it ---
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Tensor]:
+        """TRL's micro-batch of the rollout; when the rollout is new, its responses are first put together by length."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        size, rows = self.sizes.accumulation, self._buffered_inputs
+        apart = self.arm.loss != "bnpo"  # whose micro-batches have equal weights, whatever is in them
+        steps = [by_length(rows[first : first + size], apart) for first in range(0, len(rows), size)]
+        self._buffered_inputs = [micro for step in steps for micro in step]
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _get_per_token_logps_and_entropies(
         self, *args: Any, **kwargs: Any
