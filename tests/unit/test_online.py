@@ -400,6 +400,20 @@ def test_what_could_not_be_graded_is_no_wrong_answer(tmp_path: Path) -> None:
     assert row["score"] == pytest.approx(json.loads(row["by_reason"]).get("right", 0) / scored)
 
 
+def test_a_judgement_whose_grader_failed_is_no_number(tmp_path: Path) -> None:
+    judged = PROMPTS[-2:]
+    ids = [prompt_token_ids(_tokenizer(tmp_path), row["messages"], True) for row in judged]
+
+    def failing(items: Sequence[Item]) -> list[Grade]:
+        return [ungraded(GradeStatus.ERROR) for _ in items]
+
+    run = Run(tmp_path, EASY.model_copy(update={"rollouts": 1}), grader=failing, held_out=HeldOut(judged, ids, 1, 2))
+    rows = run.train()
+    assert rows[0]["held_out"] is None and rows[0]["held_out_tokens"] > 0
+    cut = json.loads(rows[1]["by_reason"]).get("cut", 0)  # the others' scores are unknown: nothing is learned from any
+    assert (rows[1]["ungraded"], rows[1]["success"], rows[1]["grad_norm"]) == (32 - cut, 0, 0)
+
+
 def nothing(completions: Sequence[Any], **known: Any) -> list[float | None]:
     """A reward that says nothing, as a user's might."""
     return [None] * len(completions)

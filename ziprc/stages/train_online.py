@@ -54,9 +54,8 @@ def run(context: Context) -> str:
     arm, seed = own.arms[of.arm], derived_seed(config.seed, "train_online")  # arms see the same prompts and seeds
     base = sources["base"]
     prompts = PROMPTS.read(sources["prompts/train"]).to_pylist()
-    judged = (
-        PROMPTS.read(sources["prompts/validation"]).slice(0, own.judged_prompts).to_pylist() if own.judged_every else []
-    )
+    judged = PROMPTS.read(sources["prompts/validation"]).slice(0, own.judged_prompts).to_pylist()
+    judged = judged if own.judged_every else []
     check_gradable(config, {row["prompt_id"]: row for row in [*prompts, *judged]}, sources["prompts/train"])
     tokenizer = load_tokenizer(base)
     ids = {row["prompt_id"]: prompt_token_ids(tokenizer, row["messages"], own.thinking) for row in [*prompts, *judged]}
@@ -78,19 +77,8 @@ def run(context: Context) -> str:
         sampler = Sampler(engine, settings.stop_token_ids, settings.banned, asked.max_new_tokens)
         held_out = HeldOut(judged, [ids[row["prompt_id"]] for row in judged], own.judged_every, own.judged_samples)
         trainer = OnlineTrainer(
-            model,
-            tokenizer,
-            prompts,
-            arm,
-            own,
-            runtime,
-            sampler,
-            control,
-            grading(config, stack),
-            held_out,
-            folder,
-            seed,
-        )
+            model, tokenizer, prompts, arm, own, runtime, sampler, control, grading(config, stack), held_out, folder, seed
+        )  # fmt: skip
         gathered = train_to_the_end(trainer, folder)
         rows = trainer.rows
         if is_main_process():

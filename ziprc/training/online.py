@@ -132,6 +132,11 @@ class OnlineTrainer(Durable, GRPOTrainer):
             train_dataset=Dataset.from_list([{**row, "prompt": row["messages"]} for row in prompts]),
         )  # fmt: skip
         self.settle(arm, "train_online.arms")
+        if self.is_fsdp_enabled and sampler.engine is not None:
+            raise UserError(
+                f"train_online.engine={own.engine} takes whole weights, which FSDP has cut in pieces. Set it to colocate or "
+                "server, or use a launch profile without FSDP (runtime.accelerate)."
+            )
         for one in (self.model, self.ref_model):
             if one is not None:
                 ban(self.accelerator.unwrap_model(one), sampler.banned)
@@ -223,9 +228,8 @@ class OnlineTrainer(Durable, GRPOTrainer):
         )
         self.rule.observe(Seen(now.window, now.probe, length, finished, right))
         now.row |= {"decision": self.rule.memory.reason, "next_window": self.rule.plan()[0]}
-        torch.manual_seed(
-            derived_seed(self.run_seed, "shuffle", number)
-        )  # of TRL, whatever the engine has drawn before
+        # TRL shuffles with torch's global generator, whatever the engine has drawn from it
+        torch.manual_seed(derived_seed(self.run_seed, "shuffle", number))
         return rewards
 
     # --- learning from it ---
@@ -331,10 +335,9 @@ class OnlineTrainer(Durable, GRPOTrainer):
         ]
         every = gather_object(mine)
         scores = [[score for q, score, _ in every if q == p and score is not None] for p in range(len(own.prompts))]
-        means = [float(np.mean(of)) if of else 0.0 for of in scores]
-        return {
-            "held_out": float(np.mean(means)), "held_out_scores": means, "held_out_tokens": sum(n for _, _, n in every),
-        }  # fmt: skip
+        means = [float(np.mean(of)) for of in scores if of]  # all of them, or the grader has failed on a prompt
+        known = {"held_out": float(np.mean(means)), "held_out_scores": means} if len(means) == len(scores) else {}
+        return {"held_out": None, **known, "held_out_tokens": sum(tokens for _, _, tokens in every)}
 
     # --- training states ---
 

@@ -1,0 +1,139 @@
+"""A rollout of on-policy training by part: our engines, TRL's own `generate` and TRL's vLLM, on the same model and prompts.
+
+Each samples in a process of its own (vLLM cannot share one); CPU seconds of one thread, the mean over rollouts after the first,
+and their ratios to ours with the engine `hf`. TRL's paths sample other tokens from the same law, so tokens are printed too.
+Run, where the experiment's base exists:
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.online toy-countdown-seed1 --rollouts 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("hf", "vllm", "trl-generate", "colocate")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds and tokens of each rollout with one way to sample."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from transformers import TrainerCallback
+
+    from ziprc.config.base import Sampling
+    from ziprc.config.load import load
+    from ziprc.engines import start
+    from ziprc.engines.base import settings_for
+    from ziprc.joint.checkpoint import load_model
+    from ziprc.joint.tokenizer import load_tokenizer
+    from ziprc.rewards.countdown import CountdownGrader
+    from ziprc.store.layout import Layout
+    from ziprc.tasks.base import get_task
+    from ziprc.training import resume
+    from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
+    from ziprc.training.window import Controller
+
+    config = load(Path("config.yaml"), options.experiment)
+    base = Layout(options.results, options.experiment).checkpoint("base")
+    arm = config.train_online.arms["fixed"].model_copy(update={"rollouts": options.rollouts})
+    ours = options.kind in ("hf", "vllm")
+    own = config.train_online.model_copy(
+        update={"engine": options.kind if ours else "colocate", "judged_every": 0, "mismatch": 9.0}
+    )
+    prompts = get_task(config.prompts.task).prompts(config.prompts.settings, "train", config.prompts.train, config.seed)
+    rows = [
+        {**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra)}
+        for p in prompts
+    ]  # fmt: skip
+    tokenizer, cap = load_tokenizer(base), config.rollouts.max_new_tokens
+    settings = settings_for(base, tokenizer, config.rollouts, Sampling(min_p=0.0), config.runtime, 1, log_probs=True)
+    engine = start(options.kind, settings) if ours else None
+    sampler = Sampler(engine, settings.stop_token_ids, settings.banned, cap)
+    with tempfile.TemporaryDirectory() as folder:
+        states = Path(folder) / ".online-x.training" / "run"
+        resume.claim(states)
+        kind = with_trls_generate() if options.kind == "trl-generate" else OnlineTrainer
+        if options.kind == "trl-generate":
+            sampler = Sampler(object(), settings.stop_token_ids, settings.banned, cap)  # type: ignore[arg-type]
+        trainer = kind(
+            load_model(base), tokenizer, rows, arm, own, config.runtime, sampler, Controller(arm.window, cap, 0),
+            CountdownGrader().grade, HeldOut([], [], 0, 1), states, 0,
+        )  # fmt: skip
+        times: list[float] = []
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *arguments: Any, **more: Any) -> None:
+                times.append(time.process_time())
+
+        trainer.add_callback(Clock())
+        with contextlib.closing(engine) if engine else contextlib.nullcontext():
+            trainer.train()
+    seconds = [b - a for a, b in itertools.pairwise(times)]
+    done = trainer.rows[1:]
+    return {
+        "seconds": sum(seconds) / len(seconds), "tokens": sum(row["tokens_response"] for row in done) / len(done),
+        **{part: sum(row[f"seconds_{part}"] for row in done) / len(done) for part in ("push", "generate", "grade")},
+    }  # fmt: skip
+
+
+def with_trls_generate() -> type:
+    """Our trainer with TRL's own sampling put back."""
+    from trl import GRPOTrainer
+
+    from ziprc.engines.base import Response
+    from ziprc.tables.rollouts import FinishReason
+    from ziprc.training.online import OnlineTrainer
+
+    class TrlGenerate(OnlineTrainer):
+        def _generate_single_turn(self, prompt_ids: Any, *more: Any) -> Any:
+            now = self.now
+            now.window, now.probe = self.rule.plan()
+            now.prompt_ids = prompt_ids
+            banned = [i for a, b in self.sampler.banned for i in range(a, b)]
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
+            with now.timed("generate"):
+                ids, said = GRPOTrainer._generate_single_turn(self, prompt_ids, *more)
+            ended = [FinishReason.STOP if one[-1] in self.sampler.stops else FinishReason.LENGTH for one in ids]
+            now.responses = [Response("", tuple(one), why) for one, why in zip(ids, ended, strict=True)]
+            return ids, said
+
+    return TrlGenerate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment")
+    parser.add_argument("--rollouts", type=int, default=6)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--kind", choices=KINDS, help="measure this one alone, and print JSON")
+    options = parser.parse_args()
+    if options.kind:
+        print(json.dumps(measure(options)), flush=True)
+        os._exit(0)  # vLLM in this process need not be taken apart
+    found = {}
+    for kind in KINDS:
+        command = [sys.executable, "-m", "tests.benchmarks.online", *sys.argv[1:], "--kind", kind]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not done.stdout.strip():
+            print(f"{kind}: not measured: {done.stderr.strip().splitlines()[-1][:200]}")
+            continue
+        found[kind] = json.loads(done.stdout.strip().splitlines()[-1])
+    for kind, of in found.items():
+        parts = ", ".join(f"{part} {of[part]:.2f}" for part in ("push", "generate", "grade"))
+        ratio = of["seconds"] / found["hf"]["seconds"]
+        print(
+            f"{kind:<14}{of['seconds']:.2f} CPU-s a rollout of {of['tokens']:.0f} tokens: {ratio:.2f} of hf's (wall: {parts})"
+        )
+
+
+if __name__ == "__main__":
+    main()
