@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.workflow.conftest import MICRO, ROOT, Workplace, environment
 from ziprc.store.digests import digest_file
+from ziprc.tables.progress import PROGRESS
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +79,34 @@ def test_no_process_goes_on_while_another_is_still_in_training(tmp_path: Path) -
     command += ["--config-file", MICRO, "--experiment", "micro", "--name", "base"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "trained a base model" in done.stdout, done.stdout + done.stderr
+
+
+def test_two_processes_sample_and_learn_what_one_does(workplace: Workplace) -> None:
+    """On-policy: seeds are of the responses, not of the process that samples them."""
+    found = []
+    for profile in ("cpu", "cpus"):
+        folder = workplace.home / "checkpoints" / "online-adaptive"
+        shutil.rmtree(folder)
+        command = workplace.command(
+            "run", "train_online", "--name", "online-adaptive", "--set", f"runtime.accelerate={profile}"
+        )
+        done = subprocess.run(
+            command, cwd=workplace.folder, env=environment(), capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append((PROGRESS.read(folder / "progress.parquet").to_pylist(), load_file(folder / "model.safetensors")))
+    (one, weights), (two, others) = found
+    assert len(one) == 7 and any(row["grad_norm"] for row in one)
+    for row, other in zip(one, two, strict=True):
+        for name in (
+            "window",
+            "decision",
+            "tokens_total",
+            "length_max",
+            "reward",
+            "success",
+            "by_reason",
+            "held_out_scores",
+        ):
+            assert row[name] == other[name], name
+    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-4
