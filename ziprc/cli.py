@@ -300,7 +300,7 @@ def _add_sample(command: Command) -> None:
     add("--temperature", type=float, help="of sampling")
     add("--min-p", type=float, help="tokens below this share of the likeliest are not sampled")
     add("--thinking", action=argparse.BooleanOptionalAction, help="whether the model thinks first")
-    add("--task", help="whose answers are compared: arithmetic, countdown, hub")
+    add("--task", help="whose answers are compared: arithmetic, countdown, multiplication, hub")
     add("--engine", choices=("vllm", "hf"), help="what generates")
     add("--seed", type=int, default=0, help="of sampling")
     add("--json", action="store_true", help="print one JSON object at the end, nothing else")

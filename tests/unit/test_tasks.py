@@ -227,7 +227,7 @@ for name in (module.name for module in pkgutil.iter_modules(ziprc.tasks.__path__
         for key, field in module.Settings.model_fields.items():
             assert field.description, (name, key)
         found.append(name)
-assert found == ["arithmetic", "countdown", "hub"], found
+assert found == ["arithmetic", "countdown", "hub", "multiplication"], found
 assert not {"torch", "datasets", "transformers"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", source], check=True)
@@ -371,6 +371,53 @@ def test_countdown_votes_merge_equivalent_expressions() -> None:
     one, other = "<think>\n5*3=15-2=13!\n</think>\n\n(5*3)-2", "3*5-2"
     assert task.canonical_answer(one) == task.canonical_answer(other)
     assert task.canonical_answer("no idea") is None
+
+
+# --- multiplication -------------------------------------------------------------------------------------------------
+
+
+def test_products_are_asked_and_split_by_their_factors_alone() -> None:
+    task = get_task("multiplication")
+    prompts = [prompt for split in ("train", "test") for prompt in task.prompts({}, split, 300, 0)]
+    pairs = set()
+    for prompt in prompts:
+        left, right = map(int, re.findall(r"\d+", prompt.messages[0]["content"]))
+        assert prompt.answer == str(left * right)
+        assert prompt.difficulty == f"{len(str(left))} by {len(str(right))} digits"
+        pairs.add((min(left, right), max(left, right)))
+    assert len(pairs) == 600
+    assert Counter(p.difficulty for p in prompts[:300]) == {
+        "3 by 3 digits": 150,
+        "2 by 2 digits": 75,
+        "3 by 1 digits": 75,
+    }
+
+
+@pytest.mark.parametrize(("slip", "right"), [(0.0, (1.0, 1.0)), (0.2, (0.05, 0.6))])
+def test_long_multiplication_is_right_unless_it_slips_and_its_answer_is_what_it_wrote(
+    slip: float, right: tuple[float, float]
+) -> None:
+    task = get_task("multiplication")
+    found = []
+    for prompt, trace in task.traces({"slip": slip, "guesses": 0.0}, 300, 0):
+        work, answer = trace.response.removeprefix("<think>\n").split("\n</think>\n\n")
+        assert work.splitlines()[-1].endswith(f"={answer}")
+        for line in work.splitlines():
+            if "+" in line:
+                a, b, total = map(int, re.findall(r"\d+", line))
+                assert a + b == total
+        assert (
+            task.style_of(trace.response) in ("worked", "guessed") and task.canonical_answer(trace.response) == answer
+        )
+        found.append(answer == prompt.answer)
+    assert right[0] <= np.mean(found) <= right[1]
+
+
+def test_guesses_are_seldom_right() -> None:
+    task = get_task("multiplication")
+    traces = list(task.traces({"guesses": 1.0}, 200, 0))
+    assert {task.style_of(trace.response) for _, trace in traces} == {"guessed"}
+    assert np.mean([task.canonical_answer(trace.response) == prompt.answer for prompt, trace in traces]) < 0.05
 
 
 # --- hub ------------------------------------------------------------------------------------------------------------
