@@ -16,6 +16,7 @@ from ziprc.evaluation.answered import answered
 from ziprc.evaluation.rl.record import at_equal_tokens, headline
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import read_manifest
+from ziprc.pages.countdown_rl import seconds, whole
 from ziprc.plan.stage import Ref
 from ziprc.stages import evaluate, report, train_online
 from ziprc.store.files import read_json
@@ -158,6 +159,10 @@ def test_the_report_shows_what_it_was_worth_and_what_did_not_work(experiment: Wo
         assert text in page, text
     assert "beats" in page or "cannot be told from" in page
     assert page.count("<svg") >= 5
+    times = seconds(experiment.layout.seconds("online-fixed"))
+    judged = [row["seconds_judge"] for row in times]
+    assert whole({"seconds": times}) == pytest.approx(sum(r["seconds"] - r["seconds_judge"] for r in times[1:]))
+    assert sum(judged) > 0 and whole(None) is None and whole({"seconds": []}) is None
 
 
 def test_a_page_without_times_says_nothing_of_them(experiment: World, tmp_path: Path) -> None:

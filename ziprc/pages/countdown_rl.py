@@ -35,8 +35,7 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
         if name != "base"
     }
     failures = [*findings(metrics, judged)]
-    rows = {short(name): {**of, "seconds": spent(arms[short(name)], "seconds") if short(name) in arms else None}
-            for name, of in metrics["policies"].items()}  # fmt: skip
+    rows = {short(name): {**of, "seconds": whole(arms.get(short(name)))} for name, of in metrics["policies"].items()}
     known = {**metrics, "judged": judged, "rows": rows}
     times = {name: {part: spent(of, f"seconds_{part}") for part in PARTS} for name, of in arms.items()}
     known["equal"] = {short(name): of for name, of in metrics["equal_tokens"].items()}
@@ -61,6 +60,11 @@ def seconds(path: Path) -> list[Record]:
         total += row["seconds"] - row["seconds_judge"] if row["rollout"] else 0.0
         found.append({**row, "total": total})
     return found
+
+
+def whole(of: Record | None) -> float | None:
+    """Seconds of training without judgements; None for the base, and where times are unknown."""
+    return of["seconds"][-1]["total"] if of and of["seconds"] else None
 
 
 def spent(of: Record, part: str) -> float | None:
