@@ -86,11 +86,16 @@ def check_arms(config: Config) -> None:
         )
 
 
-def evaluated(config: Config) -> dict[str, Ref]:
-    found = table("prompts", "test") | table("prompts", "train")
+def answers(config: Config) -> dict[str, Ref]:
+    """Test prompts, and what the base and every trained policy made of them."""
+    found = table("prompts", "test")
     for name in ("test", *(f"test-{name}" for name in arms(config))):
         found |= table("rollouts", name) | table("grades", name)
-    return found | {name: Ref("train_online", name) for name in arms(config)}
+    return found
+
+
+def trained(config: Config) -> dict[str, Ref]:
+    return {name: Ref("train_online", name) for name in arms(config)}
 
 
 def evaluate_params(config: Config) -> list[str]:
@@ -113,20 +118,10 @@ COUNTDOWN_RL = System(
     rollouts=rollouts,
     shows=lambda config: {
         "metrics/countdown-rl": Ref("evaluate", "countdown-rl"),
-        **{name: Ref("train_online", name) for name in arms(config)},
-        **{
-            r: ref
-            for name in ("test", *(f"test-{a}" for a in arms(config)))
-            for r, ref in table("rollouts", name).items()
-        },
-        **{
-            r: ref
-            for name in ("test", *(f"test-{a}" for a in arms(config)))
-            for r, ref in table("grades", name).items()
-        },
-        **table("prompts", "test"),
+        **trained(config),
+        **answers(config),
     },
-    evaluated=evaluated,
+    evaluated=lambda config: answers(config) | trained(config) | table("prompts", "train"),
     evaluate_params=evaluate_params,
     sections=("train_online",),
     evaluation="ziprc.evaluation.rl.record",
