@@ -26,7 +26,15 @@ KINDS = ("hf", "vllm", "trl-generate", "colocate")
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """CPU seconds and tokens of each rollout with one way to sample."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if options.kind == "colocate":  # what TRL's push of weights needs of vLLM on a CPU: one process, and nothing packed
+        os.environ |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        import vllm._custom_ops as packed
+
+        packed._supports_onednn = False
     from transformers import TrainerCallback
 
     from ziprc.config.base import Sampling
