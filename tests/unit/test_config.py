@@ -154,6 +154,19 @@ def test_an_unknown_suite_or_system_names_the_nearest(path: Path) -> None:
         suite(path, "family", "ziprc")
 
 
+def test_a_file_is_parsed_once_however_many_experiments_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    plain = yaml.safe_load
+    monkeypatch.setattr(yaml, "safe_load", lambda text: (parsed.append(text), plain(text))[1])
+    file = tmp_path / "own.yaml"
+    file.write_text("experiments: {a: {seed: 3}, b: {}}\n")
+    assert [load(file, name).seed for name in ("a", "b", "a")] == [3, 0, 3] and len(parsed) == 1
+    file.write_text("experiments: {a: {seed: 4}, b: {}}\n")
+    assert load(file, "a").seed == 4 and len(parsed) == 2, "what is cached is the text"
+
+
 def test_every_suite_of_the_repository_builds_something() -> None:
     found = suites(ROOT / "config.yaml")
     assert set(found) == {"smoke", "toy", "toy-countdown"}

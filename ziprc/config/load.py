@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import pkgutil
 import re
@@ -27,7 +29,7 @@ class Config(Shared, ZipRC, ICLV, OnlineRL):
 def load_yaml(path: Path) -> dict[str, Any]:
     """The parsed file: `defaults`, `experiments`, `suites`. UserError when it is not YAML or has another shape."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = copy.deepcopy(_parsed(path.read_text()))
     except FileNotFoundError:
         raise UserError(f"There is no configuration file {path}.") from None
     except yaml.YAMLError as error:
@@ -48,6 +50,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
         for member in members:
             _require(member, content["experiments"], "experiment", f" (suite '{name}' of {path})")
     return content
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str) -> Any:
+    """The content of a file, which is asked for once for every experiment in it."""
+    return yaml.safe_load(text)
 
 
 def _require(name: Any, known: Mapping[str, Any] | Sequence[str], kind: str, where: str = "") -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ziprc.config.base import Runtime
-from ziprc.config.load import experiments, load
+from ziprc.config.load import Config, experiments, load
 from ziprc.plan.graph import Graph
 from ziprc.plan.stage import Ref, Stage
 from ziprc.store.files import write_text
@@ -39,10 +39,16 @@ class Rules:
         self.asked = Asked.of(config, folder)
         self.sites = check_sites(config.get("classes", {}))
         self.graph = functools.cache(self._graph)
+        self.every = functools.cache(self._every)
 
     def _graph(self, experiment: str) -> Graph:
         config = load(self.asked.config_file, experiment, self.asked.overrides)
         return graph_of(config, Layout(Path("results"), experiment))
+
+    def _every(self) -> list[Config]:
+        """The configurations of all experiments of the file; of those that are not asked for, without overrides."""
+        file, asked = self.asked.config_file, self.asked.experiments
+        return [self.graph(one).config if one in asked else load(file, one) for one in experiments(file)]
 
     @property
     def goals(self) -> list[str]:
@@ -56,9 +62,7 @@ class Rules:
 
     def names(self, stage: Stage[Any]) -> str:
         """A pattern of every name that the stage has in any experiment of the file."""
-        file, asked = self.asked.config_file, self.asked.experiments
-        configs = (self.graph(one).config if one in asked else load(file, one) for one in experiments(file))
-        found = {name for config in configs for name in stage.variants(config)}
+        found = {name for config in self.every() for name in stage.variants(config)}
         return "|".join(map(re.escape, sorted(found)))
 
     def makes(self, stage: Stage[Any]) -> dict[str, str]:
