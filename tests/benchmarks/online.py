@@ -65,13 +65,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer, cap = load_tokenizer(base), config.rollouts.max_new_tokens
     settings = settings_for(base, tokenizer, config.rollouts, Sampling(min_p=0.0), config.runtime, 1, log_probs=True)
     engine = start(options.kind, settings) if ours else None
-    sampler = Sampler(engine, settings.stop_token_ids, settings.banned, cap)
+    sampler = Sampler(engine, settings.stop_token_ids, settings.banned, cap, settings.max_model_len)
     with tempfile.TemporaryDirectory() as folder:
         states = Path(folder) / ".online-x.training" / "run"
         resume.claim(states)
         kind = with_trls_generate() if options.kind == "trl-generate" else OnlineTrainer
         if options.kind == "trl-generate":
-            sampler = Sampler(object(), settings.stop_token_ids, settings.banned, cap)  # type: ignore[arg-type]
+            sampler = Sampler(object(), settings.stop_token_ids, settings.banned, cap, settings.max_model_len)  # type: ignore[arg-type]
         trainer = kind(
             load_model(base), tokenizer, rows, arm, own, config.runtime, sampler, Controller(arm.window, cap, 0),
             CountdownGrader().grade, HeldOut([], [], 0, 1), states, 0,

@@ -62,7 +62,8 @@ def run(base: Path, folder: Path, kind: str) -> tuple[list[dict[str, Any]], list
     settings = EngineSettings(base, Sampling(min_p=0.0), STOPS, banned, 64, log_probs=True, max_num_seqs=64)
     with contextlib.closing(start(kind, settings)) as engine:
         trainer = OnlineTrainer(
-            model, tokenizer, PROMPTS, ARM, TrainOnline(), Runtime(rollouts_per_device=32), Sampler(engine, STOPS, banned, CAP),
+            model, tokenizer, PROMPTS, ARM, TrainOnline(), Runtime(rollouts_per_device=32),
+            Sampler(engine, STOPS, banned, CAP, 64),
             Controller(WINDOW, CAP, 0), short, HeldOut([], [], 0, 1), folder / ".online-x.training" / kind, 0,
         )  # fmt: skip
         responses: list[list[int]] = []

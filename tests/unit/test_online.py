@@ -71,7 +71,7 @@ class Run:
         self.states = folder / ".online-easy.training" / "run"
         self.trainer = OnlineTrainer(
             self.model, self.tokenizer, prompts, arm, own or TrainOnline(), runtime or Runtime(rollouts_per_device=32),
-            Sampler(self.engine, STOPS, banned, CAP), self.control, grader, held_out, self.states, seed,
+            Sampler(self.engine, STOPS, banned, CAP, 64), self.control, grader, held_out, self.states, seed,
         )  # fmt: skip
 
     def train(self) -> list[dict[str, Any]]:

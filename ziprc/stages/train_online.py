@@ -74,7 +74,7 @@ def run(context: Context) -> str:
     with contextlib.ExitStack() as stack:
         ours = own.engine in ("hf", "vllm")
         engine = stack.enter_context(contextlib.closing(start(own.engine, settings))) if ours else None
-        sampler = Sampler(engine, settings.stop_token_ids, settings.banned, asked.max_new_tokens)
+        sampler = Sampler(engine, settings.stop_token_ids, settings.banned, asked.max_new_tokens, asked.max_model_len)
         held_out = HeldOut(judged, [ids[row["prompt_id"]] for row in judged], own.judged_every, own.judged_samples)
         trainer = OnlineTrainer(
             model, tokenizer, prompts, arm, own, runtime, sampler, control, grading(config, stack), held_out, folder, seed

@@ -70,6 +70,7 @@ class Sampler:
     stops: tuple[int, ...]
     banned: tuple[IdRange, ...]
     cap: int  # tokens of a response, at most
+    context: int  # of prompt and response together
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def grpo_config(
         )
         theirs = {
             "use_vllm": True, "vllm_mode": own.engine, "vllm_tensor_parallel_size": runtime.tensor_parallel,
-            "vllm_gpu_memory_utilization": runtime.gpu_memory_utilization,
+            "vllm_gpu_memory_utilization": runtime.gpu_memory_utilization, "vllm_max_model_length": sampler.context,
             "generation_kwargs": {"allowed_token_ids": allowed} if sampler.banned else None,
         }  # fmt: skip
     return GRPOConfig(
