@@ -54,9 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     base = Layout(options.results, options.experiment).checkpoint("base")
     arm = config.train_online.arms["fixed"].model_copy(update={"rollouts": options.rollouts})
     ours = options.kind in ("hf", "vllm")
-    own = config.train_online.model_copy(
-        update={"engine": options.kind if ours else "colocate", "judged_every": 0, "mismatch": 9.0}
-    )
+    own = config.train_online.model_copy(update={"engine": options.kind if ours else "colocate", "judged_every": 0})
     prompts = get_task(config.prompts.task).prompts(config.prompts.settings, "train", config.prompts.train, config.seed)
     rows = [
         {**vars(p), "messages": list(p.messages), "extra": json.dumps(p.extra)}

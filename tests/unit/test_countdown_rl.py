@@ -186,6 +186,14 @@ def test_the_plan_is_the_arms_and_what_they_are_compared_with(experiment: World)
     assert "train_online.arms.fixed" in params and not any("adaptive" in key for key in params)
 
 
+def test_validation_prompts_are_read_where_the_policy_is_judged_on_them_alone(experiment: World) -> None:
+    own = experiment.config.train_online
+    for every, roles in ((2, {"base", "prompts/train", "prompts/validation"}), (0, {"base", "prompts/train"})):
+        config = experiment.config.model_copy(update={"train_online": own.model_copy(update={"judged_every": every})})
+        context = World(config, experiment.layout).context("train_online", "online-fixed")
+        assert set(context.reads) == roles
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -196,7 +204,7 @@ def test_the_plan_is_the_arms_and_what_they_are_compared_with(experiment: World)
         ),
         (
             {"train_online": {"arms": {"a": {"window": {"start": 99}}}}},
-            "asks for 99 tokens, but a response has at most 24",
+            "train_online.arms.a.window: start is 99 tokens, but a response has at most 24",
         ),
         ({"train_online": {"engine": "colocate", "judged_every": 2}}, "judged by our engines alone"),
         ({"train_online": {"engine": "vllm"}, "runtime": {"gpus": 4}}, "runs in one process"),

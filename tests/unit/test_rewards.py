@@ -12,14 +12,14 @@ import pytest
 
 from tests.doubles import TABLES, World, tiny_checkpoint, tiny_tables, tiny_tokenizer
 from ziprc.config.load import Config
-from ziprc.config.online import Reward
+from ziprc.config.online import REWARDS, Arm, Reward
 from ziprc.config.shared import Judge
 from ziprc.engines.base import Request, Response
 from ziprc.engines.hf import HFEngine
 from ziprc.errors import UserError
 from ziprc.rewards import grading
 from ziprc.rewards.base import Grade, Item, decide, graded, ungraded
-from ziprc.rewards.combine import reward_function
+from ziprc.rewards.combine import KNOWN, reward_function
 from ziprc.rewards.countdown import CountdownGrader
 from ziprc.rewards.exact import ExactGrader
 from ziprc.rewards.judge import JudgeGrader, as_data, check_unparseable, read_verdict
@@ -77,7 +77,8 @@ def test_countdown_says_in_a_word_what_is_wrong(response: str, reason: str) -> N
 
 PUBLISHED = [  # expression, numbers, target, the published reward, ours
     ("1 + 2 + 3", (1, 2, 3), 6, 1, 1), ("1 + 2 + 3 = 6", (1, 2, 3), 6, 0, 1), ("12 + 3", (1, 2, 3), 15, 0, 0),
-    ("1.2 + 3", (1, 2, 3), 4.2, 1, 0), ("2**3 + 1", (1, 2, 3), 9, 1, 0), ("2//1 + 3", (1, 2, 3), 5, 1, 0),
+    ("1.2 + 3", (1, 2, 3), 4.2, 1, 0), ("2**3 + 1", (1, 2, 3), 9, 1, 0), ("2**3 + 1", (1, 23), 24, 0, 0),
+    ("2//1 + 3", (1, 2, 3), 5, 1, 0),
     ("-1 + 2 + 3", (1, 2, 3), 4, 1, 0), ("- -1 + 2 + 3", (1, 2, 3), 6, 1, 0), ("(1)(2)+3", (1, 2, 3), 5, 0, 0),
     ("1 2 + 3", (1, 2, 3), 15, 0, 0), ("007", (7,), 7, 0, 1), ("1 × 2", (1, 2), 2, 0, 1), ("1/(2-2)", (1, 2, 2), 1, 0, 0),
     ("__import__('os').getpid()", (1,), 1, 0, 0), ("(3+5)*4", (3, 4, 5), 32, 1, 1),
@@ -107,7 +108,7 @@ def test_what_hung_the_published_rewards_worker_is_answered_at_once() -> None:
     "answer",
     ["(3+5)*4", "(3+5)*4 = 32", "(3 + 5) × 4", "<answer>(3+5)*4</answer>", "<answer>\n(3+5)*4\n</answer>.", "\\boxed{(3+5)*4}",
      "```\n(3+5)*4\n```", "So I use `(3+5)*4`.", "$(3+5) \\times 4 = 32$", "The answer is (3+5)*4.", "[3+5]*4",
-     "First 3*4=12.\nThen (3+5)*4 = 32 works.", "**(3+5)*4**"],
+     "First 3*4=12.\nThen **(3+5)*4** = 32 works.", "**(3+5)*4**"],
 )  # fmt: skip
 def test_an_answer_as_models_write_it_is_read_where_the_style_says_so(answer: str) -> None:
     item = asked(f"<think>\n3*5*4\n</think>\n\n{answer}", None, numbers=[3, 4, 5], target=32)
@@ -137,6 +138,12 @@ def test_cosine_shaping_is_named_by_what_it_does(right: float, length: int, rewa
     known = {"score": [right], "finished": [True], "prompt_id": ["a"]}
     assert shaped(completion_ids=[[0] * length], **known) == pytest.approx([reward])
     assert shaped(completion_ids=[[0] * length], **{**known, "finished": [False]}) == [-1.0]
+
+
+def test_the_configuration_knows_the_rewards_that_there_are() -> None:
+    assert set(REWARDS) == set(KNOWN)
+    with pytest.raises(ValueError, match="no reward 'scores' \\(did you mean 'score'"):
+        Arm.model_validate({"rewards": {"scores": {}}})
 
 
 def test_known_rewards_are_made_with_their_settings() -> None:

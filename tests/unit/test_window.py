@@ -70,7 +70,7 @@ def test_phases_are_of_one_run() -> None:
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        (Window(smallest=300), "smallest is 300 tokens, but a response has at most 256"),
+        (Window(smallest=300), "window: smallest is 300 tokens, but a response has at most 256"),
         (Window(start=300), "start is 300"),
         (Window(rule="phased", schedule={3: 300}), "schedule 3 is 300"),
     ],

@@ -125,6 +125,9 @@ class Runtime(Section):
     bf16: bool = Field(False, description="bfloat16 autocast in training; master weights stay float32")
     gradient_checkpointing: bool = Field(False, description="compute activations twice to hold fewer of them")
     attention: Literal["sdpa", "flash_attention_2", "eager"] = Field("sdpa", description="attention kernel in training")
+    mismatch: float = Field(
+        1e-3, gt=0, description="KL in nats a token between sampler and on-policy trainer above which stderr warns"
+    )
     save_steps: int = Field(100, ge=1, description="optimiser steps between training states kept for resuming")
     trackers: tuple[Tracker, ...] = Field((), description="where training reports its metrics besides the log")
     gpus: int = Field(0, ge=0, description="GPUs of one node; 0: every stage runs on the CPU")

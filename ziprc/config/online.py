@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from ziprc.config.base import LearningRate, Name, Optimisation, Schedule, Section, Unit, laid_beneath
+from ziprc.errors import UserError, nearest
 
 Rule = Literal["fixed", "phased", "adaptive", "legacy", "proposed"]
 RULES: tuple[str, ...] = get_args(Rule)
+REWARDS = ("score", "cosine", "format", "repetition", "overlong")  # those of ziprc/rewards/combine.py
 Tokens = Annotated[int, Field(ge=1)]
 
 
@@ -74,6 +76,16 @@ class Window(Section):
             raise ValueError("rule phased and a schedule belong together")
         return self
 
+    def check_fits(self, largest: int, where: str) -> None:
+        """UserError for a window that asks for more than a response may have, `largest` tokens."""
+        asked = {"smallest": self.smallest, "start": self.start or 0}
+        asked |= {f"schedule {begins}": tokens for begins, tokens in self.schedule.items()}
+        if too_large := [name for name, tokens in asked.items() if tokens > largest]:
+            raise UserError(
+                f"{where}: {too_large[0]} is {asked[too_large[0]]} tokens, but a response has at most {largest} "
+                "(rollouts.max_new_tokens). Lower the one or raise the other."
+            )
+
 
 class Reward(Section):
     """One part of what the optimiser sees."""
@@ -113,6 +125,15 @@ class Arm(Optimisation):
     )
     window: Window = Window()
 
+    @model_validator(mode="after")
+    def _rewards_exist(self) -> Arm:
+        for name in self.rewards:
+            if name not in REWARDS and ":" not in name:
+                raise ValueError(
+                    f"there is no reward '{name}'{nearest(name, REWARDS)}; one of your own is named package.module:function"
+                )
+        return self
+
 
 class TrainOnline(Section):
     """On-policy training by verifiable rewards (GRPO, https://arxiv.org/abs/2402.03300)."""
@@ -127,9 +148,6 @@ class TrainOnline(Section):
     )
     judged_prompts: int = Field(50, ge=1, description="validation prompts of a judgement, the first ones")
     judged_samples: int = Field(4, ge=1, description="responses to each, at the largest window")
-    mismatch: float = Field(
-        1e-3, gt=0, description="KL in nats a token between sampler and trainer above which a rollout is warned of"
-    )
     defaults: Arm | None = Field(None, exclude=True, description="settings that lie beneath those of every arm")
     arms: dict[Name, Arm] = Field({}, description="by name; its checkpoint is online-<name>")
 

@@ -23,7 +23,6 @@ QUESTION = (
 )
 SHOWN_CHARACTERS = 400  # of a response
 PARTS = ("generate", "score", "grade", "push")  # of a rollout, whose seconds are shown
-SUSPECT = 1e-3  # nats a token between sampler and trainer
 
 
 def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[Section]:
@@ -34,7 +33,7 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
         for name, of in metrics["policies"].items()
         if name != "base"
     }
-    failures = [*findings(metrics, judged)]
+    failures = [*findings(metrics, judged, config.runtime.mismatch)]
     rows = {short(name): {**of, "seconds": whole(arms.get(short(name)))} for name, of in metrics["policies"].items()}
     known = {**metrics, "judged": judged, "rows": rows}
     times = {name: {part: spent(of, f"seconds_{part}") for part in PARTS} for name, of in arms.items()}
@@ -142,7 +141,7 @@ def _first(reads: Mapping[str, Path], test: str, prompts: list[str]) -> dict[str
     }  # fmt: skip
 
 
-def findings(metrics: Record, judged: bool) -> Iterator[str]:
+def findings(metrics: Record, judged: bool, mismatch: float) -> Iterator[str]:
     """Missed gates, arms that do not beat the base or the fixed window, and what would make the numbers suspect."""
     if judged:
         yield from missed(metrics["headline"], "there was no judgement to compare")
@@ -160,5 +159,5 @@ def findings(metrics: Record, judged: bool) -> Iterator[str]:
             yield f"{name} has seen every training prompt {of['seen']:.1f} times: what it gained may be memory."
         if of["ungraded"]:
             yield f"{of['ungraded']} responses of {name} could not be graded and were left out of their groups."
-        if (of["mismatch"] or 0) > SUSPECT:
+        if (of["mismatch"] or 0) > mismatch:
             yield f"The sampler of {name} differed from its trainer by up to {of['mismatch']:.2g} nats a token."

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from ziprc.tables.grades import GradeStatus
 
 RATIONALE_CHARACTERS = 500
+RIGHT = 0.5  # the least score of an answer that counts as right
 QUIET_S = 5.0  # shorter work shows no progress bar
 
 

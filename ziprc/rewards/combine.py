@@ -24,7 +24,8 @@ from typing import Any
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 from ziprc.config.online import Reward
-from ziprc.errors import UserError, nearest
+from ziprc.errors import UserError
+from ziprc.rewards.base import RIGHT
 
 Function = Callable[..., Sequence[float | None]]
 
@@ -49,7 +50,7 @@ class Cosine:
         self, completion_ids: Sequence[Sequence[int]], score: Sequence[float], finished: Sequence[bool], **known: Any
     ) -> list[float]:
         rows = zip(map(len, completion_ids), score, finished, strict=True)
-        return [self.reward(length, right >= 0.5) if ended else self.cut for length, right, ended in rows]
+        return [self.reward(length, right >= RIGHT) if ended else self.cut for length, right, ended in rows]
 
     def reward(self, length: int, right: bool) -> float:
         """Of a response that ended by itself."""
@@ -73,11 +74,7 @@ def reward_function(name: str, own: Reward, largest: int) -> Function:
     try:
         if name in KNOWN:
             return KNOWN[name](largest, **own.settings)
-        module, colon, attribute = name.partition(":")
-        if not colon:
-            raise UserError(
-                f"There is no reward '{name}'{nearest(name, KNOWN)}. One of your own is named package.module:function."
-            )
+        module, _, attribute = name.partition(":")
         found: Function = getattr(importlib.import_module(module), attribute)
         return found(**own.settings) if own.settings else found  # a factory where it has settings
     except (TypeError, ImportError, AttributeError) as error:

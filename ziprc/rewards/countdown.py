@@ -39,9 +39,10 @@ _BLOCKS = (
 )
 _WRITTEN = {
     "×": "*", "·": "*", "∗": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", r"\times": "*", r"\cdot": "*", r"\div": "/", "[": "(",
-    "]": ")", r"\left": "", r"\right": "", "$": "", r"\(": "", r"\)": "", "**": "",
+    "]": ")", r"\left": "", r"\right": "", "$": "", r"\(": "", r"\)": "",
 }  # fmt: skip
 _RUN = re.compile(r"(?<![\d+\-*/(.])[(\s]*\d[\d\s+\-*/()]*")  # what may be an expression in a text
+_BOLD = re.compile(r"(?<![\d)])\*\*(.+?)\*\*(?![\d(])")  # and no power
 _EQUALS = re.compile(r"=\s*-?\d[\d.,/ ]*\s*$")
 
 _LEGACY_LINE = re.compile(r"<answer>(.*?)</answer>")
@@ -62,7 +63,7 @@ def field_expression(text: str) -> str:
             break
     for written, ours in _WRITTEN.items():
         text = text.replace(written, ours)
-    text = text.strip().rstrip(".").strip()
+    text = _BOLD.sub(r"\1", text).strip().rstrip(".").strip()
     whole = _EQUALS.sub("", text).strip()
     if _parses(whole) or not re.search("[a-zA-Z]", whole):  # what is no sentence is the expression, or wrong
         return whole

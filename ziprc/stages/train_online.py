@@ -49,14 +49,17 @@ def grading(config: Config, stack: contextlib.ExitStack) -> Any:
 
 
 def run(context: Context) -> str:
+    """Train the arm and write its checkpoint, its table of progress and what each rollout took; the closing line."""
     config, of, sources = context.config, context.variant, context.reads
     own, asked, runtime = config.train_online, config.rollouts, config.runtime
     arm, seed = own.arms[of.arm], derived_seed(config.seed, "train_online")  # arms see the same prompts and seeds
     base = sources["base"]
     prompts = PROMPTS.read(sources["prompts/train"]).to_pylist()
-    judged = PROMPTS.read(sources["prompts/validation"]).slice(0, own.judged_prompts).to_pylist()
-    judged = judged if own.judged_every else []
-    check_gradable(config, {row["prompt_id"]: row for row in [*prompts, *judged]}, sources["prompts/train"])
+    judged = []
+    check_gradable(config, {row["prompt_id"]: row for row in prompts}, sources["prompts/train"])
+    if own.judged_every:
+        judged = PROMPTS.read(sources["prompts/validation"]).slice(0, own.judged_prompts).to_pylist()
+        check_gradable(config, {row["prompt_id"]: row for row in judged}, sources["prompts/validation"])
     tokenizer = load_tokenizer(base)
     ids = {row["prompt_id"]: prompt_token_ids(tokenizer, row["messages"], own.thinking) for row in [*prompts, *judged]}
     check_fit({name: len(tokens) for name, tokens in ids.items()}, asked)

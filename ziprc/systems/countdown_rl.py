@@ -42,7 +42,7 @@ def arm_params(config: Config, of: ArmOf) -> list[str]:
     judged = [f"train_online.{key}" for key in (("judged_every", *JUDGED) if own.judged_every else ("judged_every",))]
     lengths = [f"rollouts.{key}" for key in ("max_model_len", "max_new_tokens", "dtype")]
     return [
-        "seed", f"train_online.arms.{of.arm}", "train_online.engine", "train_online.thinking", "train_online.mismatch",
+        "seed", f"train_online.arms.{of.arm}", "train_online.engine", "train_online.thinking", 
         *judged, *lengths, *grading_keys(config),
     ]  # fmt: skip
 
@@ -68,12 +68,7 @@ def check_arms(config: Config) -> None:
                 f"{where}: {arm.prompts} × {arm.samples} responses cannot be shared among {arm.updates} updates. Make prompts × "
                 "samples a multiple of updates."
             )
-        largest = max([arm.window.start or 0, arm.window.smallest, *arm.window.schedule.values()])
-        if largest > cap:
-            raise UserError(
-                f"{where}.window asks for {largest} tokens, but a response has at most {cap} (rollouts.max_new_tokens). "
-                "Lower the one or raise the other."
-            )
+        arm.window.check_fits(cap, f"{where}.window")
     if own.judged_every and own.engine in ("colocate", "server"):
         raise UserError(
             f"train_online.engine is {own.engine}, where TRL samples; validation prompts are judged by our engines alone. Set "
@@ -107,7 +102,10 @@ def evaluate_params(config: Config) -> list[str]:
 STAGES = (
     Stage(
         "train_online", "the policy {name}, trained on-policy", CHECKPOINT, arms,
-        reads=lambda c, v: {"base": BASE, **table("prompts", "train"), **table("prompts", "validation")},
+        reads=lambda c, v: {
+            "base": BASE, **table("prompts", "train"),
+            **(table("prompts", "validation") if c.train_online.judged_every else {}),
+        },
         params=arm_params, machine="big-gpu", uses=lambda c, v: arm_modules(c), check=check_arms, held_out=True,
     ),
 )  # fmt: skip

@@ -11,10 +11,12 @@ nor the library `datasets`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from ziprc.chat import visible_answer
 from ziprc.config.load import task_module, tasks
 from ziprc.errors import UserError, nearest
 
@@ -106,6 +108,12 @@ def check_split(split: str) -> None:
 def thinking_response(reasoning: str, answer: object) -> str:
     """A thinking response in Qwen3's format."""
     return f"<think>\n{reasoning}\n</think>\n\n{answer}"
+
+
+def integer_answer(response: str) -> str | None:
+    """The integer after the thinking block, without leading zeros; None when there is anything else."""
+    answer = visible_answer(response)
+    return str(int(answer)) if re.fullmatch(r"-?[0-9]{1,12}", answer) else None
 
 
 def user_message(content: str) -> tuple[dict[str, str], ...]:

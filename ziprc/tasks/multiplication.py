@@ -15,9 +15,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from ziprc.chat import visible_answer
 from ziprc.config.base import Unit
-from ziprc.tasks.base import Trace, thinking_response
+from ziprc.tasks.base import Trace, integer_answer, thinking_response
 from ziprc.tasks.generated import GeneratedTask, MixSettings, Weight
 
 
@@ -84,8 +83,7 @@ class Multiplication(GeneratedTask[Product, Settings]):
 
     def canonical_answer(self, response: str) -> str | None:
         """The integer after the thinking block, without leading zeros; None when there is anything else."""
-        answer = visible_answer(response)
-        return str(int(answer)) if re.fullmatch(r"[0-9]{1,12}", answer) else None
+        return integer_answer(response)
 
     def vocabulary_corpus(self) -> list[str]:
         """Chat and prompt words only."""

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ziprc.engines.base import Response
-from ziprc.rewards.base import Grade
+from ziprc.rewards.base import RIGHT, Grade
 from ziprc.tables.grades import GradeStatus
 
-RIGHT = 0.5  # the least score of a right answer
 Row = dict[str, Any]
 
 
@@ -88,6 +87,8 @@ def described(answers: Sequence[Answer]) -> Row:
 def ratios(rollout: Rollout, clip_low: float, clip_high: float) -> dict[str, float]:
     """Of the new over the old policy, and of the trainer over the sampler, on the tokens of this process."""
     log = torch.cat(rollout.log_ratios).double().numpy()
+    if not len(log):  # every response was cut, and is left out of the loss
+        return {}
     ratio = np.exp(log)
     found = {
         "ratio_mean": ratio.mean(), "ratio_std": ratio.std(), "ratio_p95": np.quantile(ratio, 0.95),

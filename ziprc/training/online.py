@@ -286,28 +286,31 @@ class OnlineTrainer(Durable, GRPOTrainer):
         now, row, before = self.now, self.now.row, self.rows[-1] if self.rows else {}
         means = {name: float(np.nanmean(of)) for name, of in self._metrics["train"].items() if len(of)}
         self._metrics["train"].clear()
-        found = ratios(now, self.arm.clip_low, self.arm.clip_high)
-        values = torch.tensor(list(found.values()), dtype=torch.float64, device=self.accelerator.device)
-        values = self.accelerator.reduce(values, "mean") if self.args.world_size > 1 else values
+        found = self.over_processes(ratios(now, self.arm.clip_low, self.arm.clip_high))
         row |= {
             "step": self.state.global_step, "reward": means.get("reward"), "reward_std": means.get("reward_std"),
             "reward_total": before.get("reward_total", 0.0) + means.get("reward", 0.0),
             "tokens_total": before.get("tokens_total", 0) + row["tokens_response"],
             "zero_variance": means.get("frac_reward_zero_std"), "entropy": means.get("entropy"), "kl": means.get("kl"),
             "clip_fraction": means.get("clip_ratio/region_mean"), "grad_norm": float(np.mean(now.norms)),
-            "learning_rate": self.lr_used, **dict(zip(found, values.tolist(), strict=True)),
+            "learning_rate": self.lr_used, **found,
         }  # fmt: skip
         if self.held_out.every and (
             row["rollout"] % self.held_out.every == 0 or self.state.global_step >= self.state.max_steps
         ):
             row |= self.judge()
         self.close_row(row)
-        if self.is_world_process_zero() and row.get("mismatch_kl", 0.0) > self.own.mismatch:
+        if self.is_world_process_zero() and row.get("mismatch_kl", 0.0) > self.runtime.mismatch:
             print(
                 f"rollout {row['rollout']}: sampler and trainer differ by {row['mismatch_kl']:.2g} nats a token, more than "
-                f"train_online.mismatch={self.own.mismatch:g}: what is learned from was drawn by another policy",
+                f"runtime.mismatch={self.runtime.mismatch:g}: what is learned from was drawn by another policy",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+    def over_processes(self, found: dict[str, float]) -> dict[str, float]:
+        """Means over the processes that have a number."""
+        every = gather_object([found])
+        return {name: float(np.mean([of[name] for of in every if name in of])) for name in sorted(set().union(*every))}
 
     def close_row(self, row: Row) -> None:
         """Add a row to the table and its file, and to the trackers; the next rollout begins."""

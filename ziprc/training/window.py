@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ziprc.config.online import Window
-from ziprc.errors import UserError
 from ziprc.store.digests import derived_seed
 
 PROBE_ERRORS = 2.0  # standard errors by which a probe must do better before the window is given up
@@ -71,16 +70,7 @@ class Controller:
     def __init__(self, own: Window, largest: int, seed: int) -> None:
         """`largest` is the cap of a response in tokens. UserError for a window that does not fit under it."""
         self.own, self.largest, self.seed = own, largest, seed
-        asked = {
-            "smallest": own.smallest,
-            "start": own.start or largest,
-            **{f"schedule {t}": w for t, w in own.schedule.items()},
-        }
-        if too_large := [name for name, tokens in asked.items() if tokens > largest]:
-            raise UserError(
-                f"The window's {too_large[0]} is {asked[too_large[0]]} tokens, but a response has at most {largest} "
-                "(rollouts.max_new_tokens). Lower the one or raise the other."
-            )
+        own.check_fits(largest, "window")
         self.memory = Memory(own.start or largest)
 
     def plan(self) -> tuple[int, bool]:

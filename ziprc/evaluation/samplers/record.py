@@ -78,9 +78,9 @@ def sampling_record(
     shipped = ours(fitted, sweep)
     rivals = competitors(fitted, len(test.styles), validation.pool.length.ravel())
     without = ablations(fitted, sweep, validation.pool, seed)
-    todo, played = {**shipped, **rivals, **without}, {}
-    with progress(len(todo), "frontier", "families") as bar:
-        for name, settings in todo.items():
+    families, played = {**shipped, **rivals, **without}, {}
+    with progress(len(families), "frontier", "families") as bar:
+        for name, settings in families.items():
             played[name] = choose_and_play(name, [plain, *settings], field.validation, field.test)
             bar.update(1)
     plus, others = played[PLUS], [played[name] for name in (PUBLISHED, *rivals)]
