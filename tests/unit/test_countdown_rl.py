@@ -11,6 +11,7 @@ import pytest
 
 from tests.doubles import World, tiny_checkpoint, tiny_tables
 from ziprc.config.load import Config
+from ziprc.config.online import Arm
 from ziprc.errors import UserError
 from ziprc.evaluation.answered import answered
 from ziprc.evaluation.rl.record import at_equal_tokens, headline
@@ -25,6 +26,8 @@ from ziprc.store.manifest import require_intact
 from ziprc.systems import goals_of
 from ziprc.systems.countdown_rl import check_arms
 from ziprc.tables.progress import PROGRESS
+from ziprc.training.account import Answer, described
+from ziprc.training.micro import Sizes
 
 SETTINGS: dict[str, Any] = {
     "systems": ["countdown-rl"],
@@ -230,3 +233,20 @@ def test_json_columns_of_the_table_hold_counts(experiment: World) -> None:
     for one in rows:
         assert sum(count for count, _ in json.loads(one["by_difficulty"]).values()) == one["responses"] == 8
         assert sum(json.loads(one["by_reason"]).values()) == 8
+
+
+def test_a_rollout_is_cut_into_micro_batches_that_fit() -> None:
+    arm = Arm(prompts=6, samples=4, updates=2, passes=3)
+    assert Sizes.of(arm, 5, 1) == Sizes(4, 3, 6, 6)
+    assert Sizes.of(arm, 64, 2) == Sizes(6, 1, 2, 6)
+
+
+def test_accuracy_is_the_graders_and_a_cut_answer_is_wrong() -> None:
+    answers = [
+        Answer("a", "x", 3, 10, True, 1.0, "right"), Answer("a", "x", 3, 4, True, 0.0, "wrong numbers"),
+        Answer("b", "y", 3, 16, False, 0.0, "cut"), Answer("b", "y", 3, 9, True, None, "timeout"),
+    ]  # fmt: skip
+    row = described(answers)
+    assert (row["success"], row["success_finished"], row["truncated"], row["ungraded"]) == (0.25, 1 / 3, 0.25, 1)
+    assert row["score"] == pytest.approx(1 / 3) and row["right_length_mean"] == 10 and row["prompts"] == 2
+    assert json.loads(row["by_difficulty"]) == {"x": [2, 1], "y": [2, 0]}

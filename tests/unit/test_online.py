@@ -1,5 +1,6 @@
-"""The on-policy trainer on a random model of bytes: it learns, and says of itself what is true. How it resumes: test_online_resume.
+"""The on-policy trainer on a random model of bytes: it learns, and says of itself what is true.
 
+How it resumes is in test_online_resume.
 The task is so easy that only a broken trainer fails it: an eighth of all ids end a response, and right is a response that
 ends at once.
 """
@@ -31,9 +32,7 @@ from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.rewards.base import Grade, Item, graded, ungraded
 from ziprc.tables.grades import GradeStatus
 from ziprc.tables.progress import PROGRESS
-from ziprc.training.account import Answer, described
 from ziprc.training.durable import train_to_the_end
-from ziprc.training.micro import Sizes
 from ziprc.training.online import HeldOut, OnlineTrainer, Sampler, ban, unban
 from ziprc.training.window import Controller
 
@@ -438,20 +437,3 @@ def test_trl_still_scores_tokens_by_the_method_that_is_overridden() -> None:
     source = inspect.getsource(GRPOTrainer._compute_loss)
     assert "self._get_per_token_logps_and_entropies(" in source and 'inputs.get("old_per_token_logps")' in source
     assert "lm_head.bias" in inspect.getsource(inspect.getmodule(GRPOTrainer).add_fused_lm_head)  # type: ignore[union-attr]
-
-
-def test_a_rollout_is_cut_into_micro_batches_that_fit() -> None:
-    arm = Arm(prompts=6, samples=4, updates=2, passes=3)
-    assert Sizes.of(arm, 5, 1) == Sizes(4, 3, 6, 6)
-    assert Sizes.of(arm, 64, 2) == Sizes(6, 1, 2, 6)
-
-
-def test_accuracy_is_the_graders_and_a_cut_answer_is_wrong() -> None:
-    answers = [
-        Answer("a", "x", 3, 10, True, 1.0, "right"), Answer("a", "x", 3, 4, True, 0.0, "wrong numbers"),
-        Answer("b", "y", 3, 16, False, 0.0, "cut"), Answer("b", "y", 3, 9, True, None, "timeout"),
-    ]  # fmt: skip
-    row = described(answers)
-    assert (row["success"], row["success_finished"], row["truncated"], row["ungraded"]) == (0.25, 1 / 3, 0.25, 1)
-    assert row["score"] == pytest.approx(1 / 3) and row["right_length_mean"] == 10 and row["prompts"] == 2
-    assert json.loads(row["by_difficulty"]) == {"x": [2, 1], "y": [2, 0]}

@@ -47,6 +47,7 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
 
 
 def short(name: str) -> str:
+    """`online-fixed` → `fixed`."""
     return name.removeprefix("online-")
 
 

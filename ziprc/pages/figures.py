@@ -144,6 +144,8 @@ def over_training(title: str, across: str, lines: Mapping[str, tuple[Sequence[fl
         else:
             axes.step(x, [np.nan if v is None else v for v in y], where="mid", label=name, color=colour, linewidth=1.4)
     axes.set_xlabel(across)
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_title(title, loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3, columnspacing=1.2, handlelength=1.4)
     return _svg(axes.figure, "training-" + re.sub(r"\W+", "-", f"{title} {across}").lower(), title)

@@ -149,4 +149,5 @@ def _worth(node: ast.expr) -> float:
 
 
 def grader(config: Config) -> AbstractContextManager[Grader]:
+    """The grader of the style that the experiment names."""
     return nullcontext(CountdownGrader(config.grades.style))

@@ -64,6 +64,7 @@ def fetch(context: Context) -> str:
 
 
 def run(context: Context) -> str:
+    """Train the base, or fetch it; the closing line."""
     return from_scratch(context) if context.config.base.model == SCRATCH else fetch(context)
 
 

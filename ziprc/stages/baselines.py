@@ -23,6 +23,7 @@ TORCH_SEEDS = 2**32
 
 
 def run(context: Context) -> str:
+    """Fit the competitors on training rollouts and read them at every moment of the test rollouts; the closing line."""
     config, own, sources = context.config, context.config.baselines, context.reads
     rollouts, test = (ROLLOUTS.read(sources[split]) for split in ("train", "test"))
     known = join_outcomes(rollouts, GRADES.read(sources["grades"]), str(sources["grades"]))

@@ -16,6 +16,7 @@ NUMPY_SEEDS = 2**32
 
 
 def run(context: Context) -> str:
+    """Fit what samplers need on the validation pool and write it beside the head; the closing line."""
     config = context.config
     recorded = read_pool(context.reads, "validation", config.prompts.task)
     fitted = Fitted.fit(recorded.pool, recorded.grid, derived_seed(config.seed, "calibration") % NUMPY_SEEDS)

@@ -13,6 +13,7 @@ from ziprc.store.files import write_json
 
 
 def run(context: Context) -> str:
+    """Write the system's metrics; the closing line."""
     metrics = importlib.import_module(context.variant.evaluation).metrics(context.config, context.reads)
     write_json(context.target, {"experiment": context.graph.layout.experiment} | metrics)
     context.write_manifest()

@@ -13,6 +13,7 @@ NUMPY_SEEDS = 2**31
 
 
 def run(context: Context) -> str:
+    """Replay all samplers on the pools and write accuracy against tokens; the closing line."""
     config, target, reads = context.config, context.target, context.reads
     pools = {split: read_pool(reads, split, config.prompts.task) for split in ("validation", "test")}
     fitted = read_fitted(reads["checkpoint"], pools["test"].grid)

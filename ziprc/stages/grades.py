@@ -33,6 +33,7 @@ def summary(grades: Sequence[Row]) -> str:
 
 
 def run(context: Context) -> str:
+    """Grade every finished response and write the table; the closing line."""
     source = context.reads["prompts"]
     prompts = {row["prompt_id"]: row for row in PROMPTS.read(source).to_pylist()}
     wanted = ["rollout_id", "prompt_id", "response_text", "finish_reason"]

@@ -61,6 +61,7 @@ def contexts(
 
 
 def run(context: Context) -> str:
+    """Answer test prompts with reference and critic side by side and write the responses; the closing line."""
     config, reads, own = context.config, context.reads, context.config.guided
     guide, asked = own.modes[context.variant.mode], config.rollouts
     grades = GRADES.read(reads["grades"])

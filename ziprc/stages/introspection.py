@@ -19,6 +19,7 @@ COPIES = 2  # the pieces and the table
 
 
 def run(context: Context) -> str:
+    """Read the head at every token of the rollouts and write the table; the closing line."""
     config, target = context.config, context.target
     rollouts = ROLLOUTS.read(context.reads["rollouts"])
     reader = JointReader.open(context.reads["checkpoint"], config.introspection.dtype)

@@ -14,6 +14,7 @@ from ziprc.tasks.base import get_task
 
 
 def run(context: Context) -> str:
+    """Draw or fetch the prompts of a split and write the table; the closing line."""
     config, split = context.config, context.variant
     own, asked = config.prompts, getattr(config.prompts, split)
     prompts = get_task(own.task).prompts(own.settings, split, asked, config.seed)

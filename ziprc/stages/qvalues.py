@@ -82,6 +82,7 @@ def rows_of(rollouts: Sequence[Graded], number: int, of: Candidates, labels: Lab
 
 
 def run(context: Context) -> str:
+    """Label every plausible token of the rollouts and write the table; the closing line."""
     config, reads = context.config, context.reads
     own, critic, runtime = config.qvalues, config.train_critic, config.runtime
     seed = derived_seed(config.seed, "qvalues", context.name)

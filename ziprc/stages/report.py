@@ -14,6 +14,7 @@ from ziprc.systems import SYSTEMS, shared
 
 
 def run(context: Context) -> str:
+    """Write the page; the closing line."""
     config, layout, reads = context.config, context.graph.layout, context.reads
     pages = [importlib.import_module(system.page) for system in shared.of_experiment(SYSTEMS, config)]
     provenance = report.read_provenance(layout)

@@ -54,6 +54,7 @@ def engine_settings(config: Config, folder: Path, tokenizer: Any) -> EngineSetti
 
 
 def run(context: Context) -> str:
+    """Sample every response that is missing and write the table; the closing line."""
     config, of, target, params = context.config, context.variant, context.target, context.params
     policy, own = context.reads["policy"], context.config.rollouts
     prompts = PROMPTS.read(context.reads["prompts"]).slice(0, of.limit).to_pylist()

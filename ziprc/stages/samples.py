@@ -69,6 +69,7 @@ def times_of(pieces: Pieces, alone: int) -> dict[str, Any]:
 
 
 def run(context: Context) -> str:
+    """Answer test prompts by a live policy and write every decision; the closing line."""
     config, name, target, reads = context.config, context.name, context.target, context.reads
     folder = reads["checkpoint"]
     fitted, frontier = read_fitted(folder, read_joint_head(folder).grid), read_json(reads["frontier"])

@@ -34,6 +34,7 @@ from ziprc.training.trainer import train
 
 
 def run(context: Context) -> str:
+    """Train the critic on packs outside its fold and write the checkpoint; the closing line."""
     own, runtime, sources = context.config.train_critic, context.config.runtime, context.reads
     seed = derived_seed(context.config.seed, "train_critic", context.name)
     tokenizer, model = load_tokenizer(sources["base"]), load_model(sources["base"])

@@ -30,6 +30,7 @@ from ziprc.training.trainer import train
 
 
 def run(context: Context) -> str:
+    """Train the head on rollouts outside its fold and write the checkpoint; the closing line."""
     config, name, of, sources = context.config, context.name, context.variant, context.reads
     section, runtime = config.train_joint, config.runtime
     head = section.head(of.key)

@@ -32,6 +32,7 @@ from ziprc.training.trainer import train
 
 
 def run(context: Context) -> str:
+    """Train the student on labelled rollouts and write the checkpoint; the closing line."""
     own, runtime, sources = (
         context.config.train_policy.students[context.variant.student],
         context.config.runtime,

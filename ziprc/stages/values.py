@@ -55,6 +55,7 @@ def values_of(rollouts: pa.Table, readers: Mapping[str, JointReader], config: Co
 
 
 def run(context: Context) -> str:
+    """Let the critics value every rollout and write the table; the closing line."""
     reads = context.reads
     rollouts = ROLLOUTS.read(reads["rollouts"])
     pieces = context.pieces(VALUES, token_ranges(rollouts))

@@ -38,6 +38,7 @@ def rollouts(config: Config) -> dict[str, RolloutsOf]:
 
 
 def arm_params(config: Config, of: ArmOf) -> list[str]:
+    """Keys that decide what an arm becomes."""
     own = config.train_online
     judged = [f"train_online.{key}" for key in (("judged_every", *JUDGED) if own.judged_every else ("judged_every",))]
     lengths = [f"rollouts.{key}" for key in ("max_model_len", "max_new_tokens", "dtype")]
@@ -48,6 +49,7 @@ def arm_params(config: Config, of: ArmOf) -> list[str]:
 
 
 def arm_modules(config: Config) -> list[str]:
+    """What training chooses by name: the engine that samples and what grades."""
     engine = config.train_online.engine
     return [*([f"ziprc.engines.{engine}"] if engine in ("hf", "vllm") else []), *grader_modules(config)]
 
@@ -90,10 +92,12 @@ def answers(config: Config) -> dict[str, Ref]:
 
 
 def trained(config: Config) -> dict[str, Ref]:
+    """The policies of all arms."""
     return {name: Ref("train_online", name) for name in arms(config)}
 
 
 def evaluate_params(config: Config) -> list[str]:
+    """Keys that metrics/countdown-rl.json depends on besides its tables."""
     judged = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "targets")]
     rules = [f"train_online.arms.{name}.window.rule" for name in config.train_online.arms]
     return [*judged, *rules, "rollouts.max_new_tokens"]

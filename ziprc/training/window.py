@@ -129,10 +129,12 @@ class Controller:
 
 
 def fixed(control: Controller, seen: Seen) -> Decision:
+    """The window as it is; for `phased` too, whose schedule `plan` reads."""
     return control.memory.window, control.own.rule
 
 
 def adaptive(control: Controller, seen: Seen) -> Decision:
+    """Ours: by how near right responses come to the window, and by nothing else."""
     own, window, lengths = control.own, control.memory.window, control.remember(seen)
     if seen.probe and _better(seen, control.memory.success):
         return control.largest, "a probe did better"
@@ -154,6 +156,7 @@ def _better(probe: Seen, success: float | None) -> bool:
 
 
 def legacy(control: Controller, seen: Seen) -> Decision:
+    """The published rule: towards the mean length of successes, and up while the success rate is below the target."""
     own, memory, right = control.own, control.memory, seen.length[seen.correct]
     window, t, success = memory.window, memory.rollouts, memory.success
     memory.success = _ema(success, float(seen.correct.mean()), own.ema)  # decisions read the mean before this rollout
@@ -194,6 +197,7 @@ def legacy(control: Controller, seen: Seen) -> Decision:
 
 
 def proposed(control: Controller, seen: Seen) -> Decision:
+    """The published rule, mended: growth needs truncation too, and only the last rollouts are remembered."""
     own, memory, lengths = control.own, control.memory, control.remember(seen)
     window = memory.window
     if not seen.probe:

@@ -132,7 +132,9 @@ def headline(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     if short:
         ratio = ours["training"]["tokens"] / min(short)
         rows.append(
-            target_record("tokens of the arm adaptive, as a multiple of the best fixed window's", 1.1, ratio, False)
+            target_record(
+                "tokens of the arm adaptive, as a multiple of the thriftiest fixed window's", 1.1, ratio, False
+            )
         )
     if found["equal_tokens"]:
         rows.append(
