@@ -314,14 +314,22 @@ def test_what_could_not_be_graded_is_no_wrong_answer(tmp_path: Path) -> None:
         return [ungraded(GradeStatus.TIMEOUT) if i % 3 == 0 else one for i, one in enumerate(at_once(items))]
 
     run = Run(tmp_path, EASY.model_copy(update={"rollouts": 1}), grader=failing)
-    caught: list[torch.Tensor] = []
-    plain = run.trainer._compute_loss
-    run.trainer._compute_loss = lambda model, inputs: (caught.append(inputs["advantages"]), plain(model, inputs))[1]  # type: ignore[method-assign]
+    rewarded: list[torch.Tensor] = []
+    learned: list[dict[str, torch.Tensor]] = []
+    reward, loss = run.trainer._calculate_rewards, run.trainer._compute_loss
+    run.trainer._calculate_rewards = lambda *given: (rewarded.append(reward(*given)), rewarded[0])[1]  # type: ignore[method-assign]
+    run.trainer._compute_loss = lambda model, inputs: (learned.append(dict(inputs)), loss(model, inputs))[1]  # type: ignore[method-assign]
     (row,) = run.train()
+    left_out = torch.isnan(rewarded[0]).all(-1)
+    assert int(left_out.sum()) == row["ungraded"]
+    groups = [group[~torch.isnan(group)] for group in rewarded[0][:, 0].view(-1, EASY.samples)]
+    mixed = sum(len(group) for group in groups if len(set(group.tolist())) > 1)
+    assert (
+        sum(int((of["advantages"] != 0).sum()) for of in learned) == mixed > 0
+    )  # the graded ones of groups that differ
     assert row["ungraded"] > 0 and json.loads(row["by_reason"])["timeout"] == row["ungraded"]
     ended = 32 - json.loads(row["by_reason"]).get("cut", 0)
     assert row["ungraded"] == -(-ended // 3)
-    assert int((torch.cat(caught) == 0).sum()) >= row["ungraded"]
     scored = 32 - row["ungraded"]
     assert row["score"] == pytest.approx(json.loads(row["by_reason"]).get("right", 0) / scored)
 
