@@ -306,11 +306,11 @@ def test_the_later_reading_of_a_position_counts() -> None:
         return torch.tensor([[value, 1 - value] for value in values]).log()
 
     reader = ReadJoint(slice(0, 2))
-    reader.apply([(0, -3)], chances(0.9))  # a part of its prompt
-    reader.apply([(0, 0), (1, 0)], chances(0.1, 0.2))
-    reader.apply([(0, 0)], chances(0.3))  # computed again
-    reader.apply([(1, 1), (0, 1)], chances(0.4, 0.5))
-    reader.apply([(0, 2)], chances(0.6))  # under way when request 0 stopped
+    reader.apply([(0, -3)], chances(0.9), ())  # a part of its prompt
+    reader.apply([(0, 0), (1, 0)], chances(0.1, 0.2), ())
+    reader.apply([(0, 0)], chances(0.3), ())  # computed again
+    reader.apply([(1, 1), (0, 1)], chances(0.4, 0.5), ())
+    reader.apply([(0, 2)], chances(0.6), ())  # under way when request 0 stopped
     first, second = reader.by_request([2, 2])
     np.testing.assert_allclose(first[:, 0], [0.3, 0.5], rtol=1e-6)
     np.testing.assert_allclose(second[:, 0], [0.2, 0.4], rtol=1e-6)
@@ -320,9 +320,9 @@ def test_a_reading_waits_for_the_tokens_of_its_own_forward_pass() -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     allowed = logits[:, [0, 1, 4, 5]].log_softmax(-1)
     reader = ReadStates(slice(2, 4), TextRows([(2, 4)], 6))
-    reader.apply([(9, 0)], logits[:1])  # a part of a prefill: nothing is drawn
-    reader.apply([(7, 3), (9, 0), (8, 1)], logits[1:])
-    reader.apply([(9, 1)], logits[:1])  # already under way
+    reader.apply([(9, 0)], logits[:1], ())  # a part of a prefill: nothing is drawn
+    reader.apply([(7, 3), (9, 0), (8, 1)], logits[1:], ())
+    reader.apply([(9, 1)], logits[:1], ())  # already under way
     states = reader.take([(9, 0), (8, 1)], np.array([1, 5], dtype=np.int32))  # request 7 was aborted
     np.testing.assert_allclose(states.log_prob, [allowed[2, 1], allowed[3, 3]], rtol=1e-6)
     np.testing.assert_allclose(states.joint, logits[[2, 3], 2:4].softmax(-1), rtol=1e-6)
@@ -335,7 +335,7 @@ def test_what_is_read_is_read_before_it_is_banned(settings: EngineSettings) -> N
     reader, logits = ReadJoint(slice(*settings.banned[0])), torch.randn(2, VOCAB_SIZE)
     said = logits[:, reader.joint].softmax(-1)
     for tap in taps_of(settings, reader):
-        tap.apply([(0, 0), (1, 0)], logits)
+        tap.apply([(0, 0), (1, 0)], logits, ())
     np.testing.assert_array_equal(np.concatenate(reader.by_request([1, 1])), said)
     assert torch.isneginf(logits[:, reader.joint]).all() and torch.isfinite(logits[:, : settings.banned[0][0]]).all()
 

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from ziprc.config.base import Runtime, Sampling
 from ziprc.config.shared import Judge, Rollouts
 from ziprc.errors import UserError, first_few
-from ziprc.joint.vocabulary import Vocabulary
+from ziprc.joint.reasoning import ReasoningVocabulary, read_reasoning
+from ziprc.joint.vocabulary import IdRange, Vocabulary
 from ziprc.processor import native_bfloat16
 from ziprc.store.files import read_json
 from ziprc.tables.rollouts import FinishReason
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from ziprc.joint.head import JointHead
 
-IdRange = tuple[int, int]  # half-open: rows of the output matrix, which are token ids where the tokenizer knows them
 OnTokens = Callable[[int], None]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -89,8 +89,8 @@ class Step:
 class EngineSettings:
     """The model, how it is sampled, and the knobs of the machine.
 
-    `joint` is read at every token when it is given; `banned` rows are never sampled either way. `log_probs`: `generate` says
-    how likely each token was.
+    `joint` is read at every token when it is given; `banned` rows are never sampled either way, and those of `reasoning` in the
+    thinking block alone. `log_probs`: `generate` says how likely each token was.
     """
 
     model: Path
@@ -99,6 +99,7 @@ class EngineSettings:
     banned: tuple[IdRange, ...]
     max_model_len: int
     joint: JointHead | None = None
+    reasoning: ReasoningVocabulary | None = None
     log_probs: bool = False
     dtype: Dtype = "float32"
     max_num_seqs: int = 256
@@ -186,11 +187,17 @@ def check_weights(names: Iterable[str], folder: Path) -> None:
 
 def settings_for(
     folder: Path, tokenizer: Any, own: Rollouts | Judge, sampling: Sampling, machine: Runtime, tensor_parallel: int,
-    log_probs: bool = False,
+    log_probs: bool = False, copies: bool = True,
 ) -> EngineSettings:  # fmt: skip
-    """How the model in `folder` is run: lengths and dtype from its section, knobs from `runtime`; no unknown id is sampled."""
+    """How the model in `folder` is run: lengths and dtype from its section, knobs from `runtime`; no unknown id is sampled.
+
+    `copies`: whether those of a reasoning vocabulary may be used at all.
+    """
+    reasoning, banned = read_reasoning(folder), unknown_rows(folder, tokenizer)
+    if reasoning is not None and not copies:
+        banned, reasoning = (*banned, (reasoning.rows.start, reasoning.rows.stop)), None
     return EngineSettings(
-        folder, sampling, stop_token_ids(folder, tokenizer), unknown_rows(folder, tokenizer), own.max_model_len,
+        folder, sampling, stop_token_ids(folder, tokenizer), banned, own.max_model_len, reasoning=reasoning,
         log_probs=log_probs, dtype=own.dtype, tensor_parallel=tensor_parallel,
         max_num_seqs=machine.max_num_seqs, gpu_memory_utilization=machine.gpu_memory_utilization,
         kv_cache_gib=machine.kv_cache_gib, enforce_eager=machine.enforce_eager, stall_limit_s=machine.stall_limit_s,

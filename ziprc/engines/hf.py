@@ -30,7 +30,7 @@ from ziprc.engines.base import (
     check_weights,
     own_dtype,
 )
-from ziprc.engines.taps import LogitsTap, Place, ReadJoint, ReadStates, TextRows, taps_of
+from ziprc.engines.taps import LogitsTap, Place, ReadJoint, ReadStates, Text, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
 from ziprc.joint.checkpoint import load_model
 from ziprc.tables.rollouts import FinishReason
@@ -118,6 +118,7 @@ class _Row:
     generator: torch.Generator
     sampling: Sampling
     stops: frozenset[int]
+    begin: int  # where in the assistant's turn the prompt ends
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     log_prob: float = 0.0  # of the last token, where a session asks for it
@@ -126,6 +127,9 @@ class _Row:
     @property
     def place(self) -> Place:
         return self.number, len(self.tokens)
+
+    def read(self, first: int, last: int) -> list[int]:
+        return self.tokens[first:last]
 
     def add(self, token: int) -> None:
         self.tokens.append(token)
@@ -198,7 +202,9 @@ class HFEngine:
     def _row(self, request: Request, number: int) -> _Row:
         generator = torch.Generator(device=self.device).manual_seed(request.seed)
         stops = frozenset((*self.settings.stop_token_ids, *request.stop))
-        return _Row(request, number, generator, request.sampling or self.settings.sampling, stops)
+        reasoning = self.settings.reasoning
+        begin = reasoning.at_end(request.prompt_token_ids) if reasoning else 0
+        return _Row(request, number, generator, request.sampling or self.settings.sampling, stops, begin)
 
     def _padded(self, rows: Sequence[_Row]) -> _Inputs:
         """Prompts, and whatever has been sampled after them; padded on the left, with an empty cache."""
@@ -241,9 +247,12 @@ class HFEngine:
                 past_key_values=inputs.cache, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
         logits = output.logits[:, -1].float()
-        places = [row.place for row in batch]
+        places, texts = (
+            [row.place for row in batch],
+            [Text(row.begin, row.sampling.temperature, row.read) for row in batch],
+        )
         for tap in taps:
-            tap.apply(places, logits)
+            tap.apply(places, logits, texts)
         return sample(logits, [row.sampling for row in batch], [row.generator for row in batch]), logits
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Wanted:
     sample_index: int
     seed: int
     prompt: tuple[int, ...]
+    begun: tuple[int, ...] = ()  # what of the response is given, and counts among its tokens
 
     def rollout_id(self, policy: str) -> str:
         content = [self.prompt_id, policy, self.thinking, self.sample_index, self.seed]
@@ -108,6 +109,13 @@ class Recording:
                 bar.update(tokens)
 
             for number, wanted in parts:
-                requests = [Request(w.rollout_id(self.policy), w.prompt, w.seed, self.max_new_tokens) for w in wanted]
-                responses = engine.generate(requests, on_tokens)
+                requests = [
+                    Request(w.rollout_id(self.policy), w.prompt + w.begun, w.seed, self.max_new_tokens - len(w.begun))
+                    for w in wanted
+                ]
+                found = engine.generate(requests, on_tokens)
+                responses = [
+                    replace(one, token_ids=w.begun + one.token_ids) if w.begun else one
+                    for w, one in zip(wanted, found, strict=True)
+                ]
                 self.pieces.write(number, rollout_table(wanted, responses, self.policy, tokenizer))

@@ -5,14 +5,14 @@ number of output tokens so far, so it names the state that emits the next one. T
 banning last. `ReadJoint` gathers the joint of a whole `generate` call and crosses from the device once in `STEPS_PER_COPY`
 steps. `ReadStates` hands one step over at a time and adds entropy and log-probability, which cost a softmax over all text
 rows. The log-probability of a token can only be gathered once the token has been drawn, after the logits are gone; so
-the rows of log-probabilities wait for it on the device.
+the rows of log-probabilities wait for it on the device. `Region` comes before both, so that what is read is the model's own law.
 Shapes: B rows of a batch, V rows of the output matrix, K of them not banned, n outputs of a step, R·L cells.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,15 +21,63 @@ import torch
 from numpy.typing import NDArray
 
 from ziprc.engines.base import EngineSettings, IdRange
+from ziprc.joint.reasoning import INSIDE, NEVER, ReasoningVocabulary
 
 STEPS_PER_COPY = 64
 
 Place = tuple[int, int]  # number of the request, position
 
 
+class Text(NamedTuple):
+    """What a row's request holds before its place."""
+
+    begin: int  # where in the assistant's turn its prompt ends (joint/reasoning.py)
+    temperature: float
+    tokens: Callable[[int, int], Sequence[int]]  # output tokens [a, b)
+
+
 class LogitsTap(Protocol):
-    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
-        """Row i of `logits` [B, V] is the state of `places[i]`; it may be changed, in place."""
+    def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
+        """Row i of `logits` [B, V] is the state of `places[i]` after `texts[i]`; it may be changed, in place."""
+
+
+class Region:
+    """Copies of a reasoning vocabulary: in the thinking block as likely as their sources, elsewhere never sampled.
+
+    A step looks at the newest token of each row. A row that was away (preempted, or a part of a prompt) is read anew.
+    """
+
+    def __init__(self, reasoning: ReasoningVocabulary) -> None:
+        self.reasoning = reasoning
+        self.known: dict[int, tuple[int, int]] = {}  # request → tokens that have been read, where in the turn they lead
+        self.inside: torch.Tensor | None = None
+
+    def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
+        known = {}
+        for (request, position), text in zip(places, texts, strict=True):
+            read, state = self.known.get(request, (0, text.begin))
+            if position < read:
+                read, state = 0, text.begin
+            if position > read:
+                read, state = position, self.reasoning.after(state, text.tokens(read, position))
+            known[request] = read, state
+        self.known = known
+        inside = [row for row, (request, _) in enumerate(places) if known[request][1] == INSIDE]
+        if inside:
+            if self.inside is None:
+                self.inside = torch.from_numpy(self.reasoning.bias(logits.shape[-1])).to(logits.device, logits.dtype)
+            # logits are divided by the temperature afterwards; at 0 the likeliest token is that of the base
+            temperatures = [texts[row].temperature for row in inside]
+            scale = logits.new_tensor(temperatures[:1] if len(set(temperatures)) == 1 else temperatures)[:, None]
+            law = torch.where(self.inside.isneginf(), self.inside, self.inside.clamp(min=NEVER) * scale)
+            if len(inside) == len(logits):
+                logits += law
+            else:
+                logits[inside] += law
+        if len(inside) < len(logits):
+            within = set(inside)
+            outside = [row for row in range(len(logits)) if row not in within] if within else slice(None)
+            logits[outside, self.reasoning.rows] = -torch.inf
 
 
 class Ban:
@@ -38,14 +86,15 @@ class Ban:
     def __init__(self, banned: Sequence[IdRange]) -> None:
         self.banned = [slice(*rows) for rows in banned]
 
-    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
+    def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
         for rows in self.banned:
             logits[:, rows] = -torch.inf
 
 
 def taps_of(settings: EngineSettings, reader: LogitsTap | None) -> list[LogitsTap]:
     """What is applied at every step of an engine, in order."""
-    return [*([] if reader is None else [reader]), Ban(settings.banned)]
+    first = [] if settings.reasoning is None else [Region(settings.reasoning)]
+    return [*first, *([] if reader is None else [reader]), Ban(settings.banned)]
 
 
 class TextRows:
@@ -66,8 +115,8 @@ class TextRows:
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """[B] nats, from [B, K]."""
-    return -(log_probs.exp() * log_probs).sum(-1)
+    """[B] nats, from [B, K], which may hold -inf."""
+    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
 class ReadJoint:
@@ -79,7 +128,7 @@ class ReadJoint:
         self._waiting: list[torch.Tensor] = []
         self._host: list[NDArray[np.float32]] = []
 
-    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
+    def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
         self.places.extend(places)
         self._waiting.append(logits[:, self.joint].float().softmax(-1))  # no view: the rows are banned next
         if len(self._waiting) >= STEPS_PER_COPY:
@@ -131,7 +180,7 @@ class ReadStates:
         self.joint, self.text = joint, text
         self._waiting: deque[_Pass] = deque()
 
-    def apply(self, places: Sequence[Place], logits: torch.Tensor) -> None:
+    def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
         row_of = {place: row for row, place in enumerate(places)}
         joint = None if self.joint is None else logits[:, self.joint].float().softmax(-1)
         self._waiting.append(_Pass(row_of, joint, self.text.log_probs(logits)))

@@ -50,9 +50,10 @@ from ziprc.engines.base import (
     check_weights,
     own_dtype,
 )
-from ziprc.engines.taps import Ban, LogitsTap, Place, ReadJoint, ReadStates, TextRows, taps_of
+from ziprc.engines.taps import Ban, LogitsTap, Place, ReadJoint, ReadStates, Region, Text, TextRows, taps_of
 from ziprc.engines.watchdog import Watchdog
 from ziprc.errors import UserError
+from ziprc.joint.reasoning import ReasoningVocabulary
 from ziprc.store.files import read_json
 from ziprc.tables.rollouts import FinishReason
 
@@ -79,9 +80,12 @@ class ApplyTaps(FirstRunnersProcessor, SecondRunnersProcessor):
     def __init__(self, vllm_config: VllmConfig, device_or_state: Any, is_pin_memory: bool = False) -> None:
         own = vllm_config.additional_config["ziprc"]
         self.engine, self.state = own["engine"], device_or_state
-        self.alone: list[LogitsTap] = [Ban(own["banned"])]  # for a tensor-parallel worker: the taps are in our process
-        # Row of the batch (first runner) or slot, which a request keeps (second) → request, its output tokens (first, live).
-        self.requests: dict[int, tuple[int, list[int]]] = {}
+        region = [Region(ReasoningVocabulary.from_dict(own["reasoning"]))] if own.get("reasoning") else []
+        self.reads = bool(region)  # whether any tap looks at tokens
+        # For a tensor-parallel worker: the taps are in our process.
+        self.alone: list[LogitsTap] = [*region, Ban(own["banned"])]
+        # Row of the batch (first runner) or slot, which a request keeps (second) → request.
+        self.requests: dict[int, _Known] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False  # so it runs first, and for greedy sampling too
@@ -99,29 +103,64 @@ class ApplyTaps(FirstRunnersProcessor, SecondRunnersProcessor):
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """[B, V] in place; taps see our rows only."""
-        place_of = self._places(ctx, len(logits))
-        if place_of:
-            rows, places = list(place_of), list(place_of.values())
+        found = self._places(ctx, len(logits))
+        if found:
+            rows = list(found)
+            places, texts = zip(*found.values(), strict=True)
             own = logits if len(rows) == len(logits) else logits[rows]
             for tap in _taps.get(self.engine, self.alone):
-                tap.apply(places, own)
+                tap.apply(places, own, texts)
             if own is not logits:
                 logits[rows] = own
         return logits
 
-    def _places(self, ctx: LogitsContext | None, rows: int) -> dict[int, Place]:
-        """Place of every row that is ours, from what the host knows."""
-        if ctx is None:  # where vLLM schedules ahead, the last output token is a placeholder; only their number is used
-            return {row: (number, len(out)) for row, (number, out) in sorted(self.requests.items())}
+    def _places(self, ctx: LogitsContext | None, rows: int) -> dict[int, tuple[Place, Text]]:
+        """Place and text of every row that is ours, from what the host knows."""
+        if ctx is None:  # where vLLM schedules ahead, the last token is a placeholder; then only their number is used
+            known = sorted(self.requests.items())
+            return {row: ((of.number, len(of.out)), Text(of.begin, of.temperature, of.read)) for row, of in known}
         assert rows == len(ctx.idx_mapping_np), "one row a request, and exact lengths: no speculative decoding"
-        slots, known, prompt = ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np, self.state.prompt_len.np
+        slots, lengths, prompt = ctx.idx_mapping_np.tolist(), ctx.seq_lens_upper_bound_np, self.state.prompt_len.np
         ours = [(row, slot) for row, slot in enumerate(slots) if slot in self.requests]
-        return {row: (self.requests[slot][0], int(known[row] - prompt[slot])) for row, slot in ours}
+        last: list[int] = []
+        if self.reads and ours:  # what was drawn last is on the device: one copy for all rows
+            at = torch.tensor([[slot, lengths[row] - 1] for row, slot in ours]).T
+            last = self.state.all_token_ids.gpu[at[0], at[1]].tolist()
+        found = {}
+        for number, (row, slot) in enumerate(ours):
+            of, position = self.requests[slot], int(lengths[row] - prompt[slot])
+
+            def read(first: int, stop: int, slot: int = slot, number: int = number) -> list[int]:
+                if stop - first == 1:
+                    return [last[number]]
+                begin = int(prompt[slot])
+                row: list[int] = self.state.all_token_ids.gpu[slot, begin + first : begin + stop].tolist()
+                return row
+
+            found[row] = (of.number, position), Text(of.begin, of.temperature, read)
+        return found
 
 
-def _request_of(params: SamplingParams, _prompt: list[int] | None, out: list[int]) -> tuple[int, list[int]] | None:
-    number = (params.extra_args or {}).get("ziprc_request")
-    return None if number is None else (number, out)
+@dataclass(frozen=True)
+class _Known:
+    """A request of ours, as a processor knows it; `out` is live for the first runner, and empty for the second."""
+
+    number: int
+    begin: int  # where in the assistant's turn its prompt ends
+    temperature: float
+    out: list[int]
+
+    def read(self, first: int, stop: int) -> list[int]:
+        found = self.out[first:stop]
+        assert min(found, default=0) >= 0, "a token that is not known yet: vLLM schedules ahead of what it has drawn"
+        return found
+
+
+def _request_of(params: SamplingParams, _prompt: list[int] | None, out: list[int]) -> _Known | None:
+    own = params.extra_args or {}
+    if "ziprc_request" not in own:
+        return None
+    return _Known(own["ziprc_request"], own.get("ziprc_begin", 0), params.temperature, out)
 
 
 class VLLMEngine:
@@ -207,6 +246,8 @@ class VLLMEngine:
 
     def _add(self, request: Request, number: int) -> str:
         """Queue the request; its output and its readings are filed under `number`. Returns vLLM's own id for it."""
+        reasoning = self.settings.reasoning
+        begin = reasoning.at_end(request.prompt_token_ids) if reasoning else 0
         params = SamplingParams(
             **dict(request.sampling or self.settings.sampling),
             seed=request.seed,
@@ -216,13 +257,15 @@ class VLLMEngine:
             detokenize=False,
             logprobs=0 if self.settings.log_probs else None,  # of the token that was drawn alone
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"ziprc_request": number},
+            extra_args={"ziprc_request": number, "ziprc_begin": begin},
         )
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         return self.llm.llm_engine.add_request(str(number), prompt, params)
 
     def _arguments(self) -> dict[str, Any]:
-        settings = self.settings
+        settings, reasoning = self.settings, self.settings.reasoning
+        banned = [list(rows) for rows in settings.banned]
+        own = {"banned": banned, "engine": self._id, "reasoning": reasoning.to_dict() if reasoning else None}
         return {
             "model": str(settings.model),
             "skip_tokenizer_init": True,
@@ -235,7 +278,10 @@ class VLLMEngine:
             "enforce_eager": settings.enforce_eager,
             "logprobs_mode": "processed_logprobs",  # of the law that drew
             "logits_processors": [ApplyTaps],
-            "additional_config": {"ziprc": {"banned": [list(rows) for rows in settings.banned], "engine": self._id}},
+            "additional_config": {"ziprc": own},
+            **(
+                {"async_scheduling": False} if reasoning else {}
+            ),  # the first runner's host must know what was drawn last
             "use_tqdm_on_load": False,
             **(_cpu_arguments(settings) if current_platform.is_cpu() else {}),
         }

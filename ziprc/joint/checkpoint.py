@@ -42,7 +42,7 @@ def save_checkpoint(
     `more` is given the folder, to write what else belongs to the checkpoint.
     """
     if joint is not None:
-        model.config.ziprc = joint.to_dict()
+        model.config.ziprc = {**(getattr(model.config, "ziprc", None) or {}), **joint.to_dict()}  # beside `reasoning`
     with atomic_folder(target) as private:
         model.save_pretrained(private, safe_serialization=True)
         tokenizer.save_pretrained(private)

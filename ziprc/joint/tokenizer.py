@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from ziprc.errors import UserError
+from ziprc.joint.reasoning import copied_rows
 from ziprc.joint.vocabulary import generation_ids
 from ziprc.store.files import read_json
 
@@ -42,10 +43,11 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def text_ids(folder: Path) -> set[int]:
-    """Every id that the tokenizer or the generation config of a model folder can produce."""
+    """Every id that the tokenizer or the generation config of a model folder can produce, copies of such apart."""
     if (folder / "tokenizer.json").exists():
         used = set(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True).values())
     else:
         used = set(load_tokenizer(folder).get_vocab().values())
     generation = folder / "generation_config.json"
+    used -= set(copied_rows(read_json(folder / "config.json")))
     return used | (generation_ids(SimpleNamespace(**read_json(generation))) if generation.exists() else set())

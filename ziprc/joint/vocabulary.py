@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from ziprc.errors import UserError
 
+IdRange = tuple[int, int]  # half-open: rows of the output matrix, which are token ids where the tokenizer knows them
+
 
 class Vocabulary(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
@@ -22,7 +24,7 @@ class VocabLayout:
     """Rows [0, text_size) can be text; rows [joint_start, joint_start + joint_size) are the joint head.
 
     Rows [reasoning_start, reasoning_start + reasoning_size) are a second set of tokens, for use inside the thinking
-    block. No model has any yet, and a record without them means that.
+    block (reasoning.py); a record without them means that there are none.
     """
 
     vocab_size: int
@@ -79,11 +81,20 @@ def check_layout(layout: VocabLayout, used_ids: Collection[int]) -> None:
 
 
 def derive_layout(
-    tokenizer: Vocabulary, vocab_size: int, joint_size: int, generation_config: Any = None, first_row: int | None = None
+    tokenizer: Vocabulary,
+    vocab_size: int,
+    joint_size: int,
+    generation_config: Any = None,
+    first_row: int | None = None,
+    copies: range = range(0),
 ) -> VocabLayout:
-    """Place `joint_size` rows right above the highest id in use (or at `first_row`) and check the result."""
-    used = set(tokenizer.get_vocab().values()) | generation_ids(generation_config)
+    """Place `joint_size` rows right above the highest id in use (or at `first_row`) and check the result.
+
+    `copies` are the rows of a reasoning vocabulary, which the tokenizer knows although they are no text.
+    """
+    used = (set(tokenizer.get_vocab().values()) | generation_ids(generation_config)) - set(copies)
     text_size = max(used) + 1
-    layout = VocabLayout(vocab_size, text_size, text_size if first_row is None else first_row, joint_size)
+    start = text_size if first_row is None else first_row
+    layout = VocabLayout(vocab_size, text_size, start, joint_size, copies.start, len(copies))
     check_layout(layout, used)
     return layout

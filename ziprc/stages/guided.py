@@ -18,9 +18,9 @@ from ziprc.config.icl_v import Guide
 from ziprc.engines.base import Response, stop_token_ids
 from ziprc.engines.recording import Wanted, rollout_table
 from ziprc.errors import UserError
+from ziprc.joint.reasoning import text_rows
 from ziprc.joint.tilt import Tilt, log_weight
 from ziprc.joint.tokenizer import load_tokenizer
-from ziprc.joint.vocabulary import derive_layout
 from ziprc.progress import progress
 from ziprc.reading.states import JointReader, load_for_reading
 from ziprc.sampling.guided import Guided
@@ -74,7 +74,7 @@ def run(context: Context) -> str:
     tokenizer, reference = load_tokenizer(reads["base"]), load_for_reading(reads["base"])
     require_kind(reads["critic"], pack_kind(config.train_critic, tokenizer))
     critic = JointReader.open(reads["critic"])
-    text = derive_layout(tokenizer, reference.get_output_embeddings().weight.shape[0], 0).text_size
+    text = text_rows(tokenizer, reference)
     stops = frozenset(stop_token_ids(reads["base"], tokenizer))
     grid, tilt = critic.joint.grid, Tilt(guide.tilt)
 

@@ -22,8 +22,8 @@ from ziprc.errors import UserError
 from ziprc.evaluation.critic.labels import Labels, critic_labels, trie_labels
 from ziprc.evaluation.critic.siblings import Prior
 from ziprc.joint.readout import TokenPair
+from ziprc.joint.reasoning import text_rows
 from ziprc.joint.tokenizer import load_tokenizer
-from ziprc.joint.vocabulary import derive_layout
 from ziprc.progress import progress
 from ziprc.reading.logits import Candidates, candidates
 from ziprc.reading.states import JointReader, load_for_reading, ranges
@@ -90,7 +90,7 @@ def run(context: Context) -> str:
     rollouts, ungraded = graded_rollouts(ROLLOUTS.read(reads["rollouts"]), grades, str(reads["grades"]))
     prompts = wanted_prompts(rollouts, context)
     tokenizer, reference = load_tokenizer(reads["base"]), load_for_reading(reads["base"])
-    text = derive_layout(tokenizer, reference.get_output_embeddings().weight.shape[0], 0).text_size
+    text = text_rows(tokenizer, reference)
     readers = {role: JointReader.open(path) for role, path in reads.items() if role.startswith("critic")}
     for role in readers:
         require_kind(reads[role], pack_kind(critic, tokenizer))

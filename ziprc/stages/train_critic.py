@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import JointHead, read_manifest
+from ziprc.joint.reasoning import copied_rows
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
@@ -40,7 +41,9 @@ def run(context: Context) -> str:
     tokenizer, model = load_tokenizer(sources["base"]), load_model(sources["base"])
     grid = BinGrid(own.reward_centres, own.length_edges)
     rows = model.get_output_embeddings().weight.shape[0]
-    joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, None), grid)
+    joint = JointHead(
+        derive_layout(tokenizer, rows, grid.size, model.generation_config, None, copied_rows(model.config)), grid
+    )
 
     table = outside_fold(ROLLOUTS.read(sources["rollouts"]), context.variant.fold)
     rollouts, ungraded = graded_rollouts(table, GRADES.read(sources["grades"]), str(sources["grades"]))

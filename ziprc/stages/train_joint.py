@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import JointHead, read_manifest
+from ziprc.joint.reasoning import copied_rows
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
@@ -40,7 +41,12 @@ def run(context: Context) -> str:
     tokenizer, model = load_tokenizer(base), load_model(base)
     grid = BinGrid(head.reward_centres, section.length_edges)
     rows = model.get_output_embeddings().weight.shape[0]
-    joint = JointHead(derive_layout(tokenizer, rows, grid.size, model.generation_config, section.first_row), grid)
+    joint = JointHead(
+        derive_layout(
+            tokenizer, rows, grid.size, model.generation_config, section.first_row, copied_rows(model.config)
+        ),
+        grid,
+    )
 
     rollouts = outside_fold(ROLLOUTS.read(sources["rollouts"]), of.fold)
     answers = {"grades": GRADES, "values": VALUES, "qvalues": QVALUES}[labels].read(sources[labels])

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedModel
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import read_manifest
+from ziprc.joint.reasoning import text_rows
 from ziprc.joint.tokenizer import load_tokenizer
-from ziprc.joint.vocabulary import derive_layout
 from ziprc.stages.context import Context, is_main_process, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import manifest_digests
@@ -53,7 +53,7 @@ def run(context: Context) -> str:
     )
     base = sources["base"]
     tokenizer, model = load_tokenizer(base), load_model(base)
-    text = derive_layout(tokenizer, model.get_output_embeddings().weight.shape[0], 0).text_size
+    text = text_rows(tokenizer, model)
 
     def trainee(model: PreTrainedModel) -> Trainee:
         return PolicyTrainee(model, own, text, runtime.position_chunk)

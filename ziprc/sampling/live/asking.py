@@ -20,7 +20,7 @@ from ziprc.config.load import Config
 from ziprc.config.zip_rc import Samples
 from ziprc.errors import UserError
 from ziprc.joint.head import read_joint_head, read_manifest
-from ziprc.joint.tokenizer import load_tokenizer
+from ziprc.joint.tokenizer import load_tokenizer, text_ids
 from ziprc.sampling.controller import Budget, Controller
 from ziprc.sampling.families import PLUS, PUBLISHED, Setting, live_setting
 from ziprc.sampling.fitting import read_fitted
@@ -157,7 +157,7 @@ def _checked_tokenizer(folder: Path) -> Any:
             f"{CHECKPOINT_MANIFEST}. Put the original file back, or train a head with this tokenizer."
         )
     tokenizer = load_tokenizer(folder)
-    highest, text = max(tokenizer.get_vocab().values()), int(manifest["joint"]["layout"]["text_size"])
+    highest, text = max(text_ids(folder)), int(manifest["joint"]["layout"]["text_size"])
     if highest >= text:
         raise UserError(
             f"{folder} has another tokenizer than it was trained with: token {highest} is in use, but text ends at row "
