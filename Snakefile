@@ -25,6 +25,8 @@
 #   guided         guided/{name}.parquet                the configuration
 #   qvalues        qvalues/{name}.parquet               base, rollouts, grades, train_critic
 #   train_online   checkpoints/{name}/ziprc.json        the configuration
+#   expand         checkpoints/{name}/ziprc.json        the configuration
+#   warm_up        checkpoints/{name}/ziprc.json        the configuration
 #   evaluate       metrics/{name}.json                  prompts, rollouts, grades, values, introspection, baselines, base, train_joint
 #   report         report.html                          evaluate, frontier, train_joint, introspection, rollouts, grades, prompts, samples
 # ---

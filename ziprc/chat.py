@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ziprc.errors import UserError
 
-THINK_END = "</think>"
+THINK_START, THINK_END = "<think>", "</think>"
 
 # What a feedback on a response is made of, numbers apart; every small tokenizer learns these words.
 FEEDBACK_WORDS = ("Reward: ", "\nLength: ", " tokens")

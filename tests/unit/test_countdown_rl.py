@@ -24,7 +24,7 @@ from ziprc.store.files import read_json
 from ziprc.store.layout import Layout
 from ziprc.store.manifest import require_intact
 from ziprc.systems import goals_of
-from ziprc.systems.countdown_rl import check_arms
+from ziprc.systems.online import check_arms
 from ziprc.tables.progress import PROGRESS
 from ziprc.training.account import Answer, described
 from ziprc.training.micro import Sizes

@@ -64,7 +64,7 @@ def test_a_new_table_task_system_and_page_rerun_nothing(tree: Path) -> None:
     append(tree / "ziprc" / "systems" / "extra.py", SYSTEM)
     registry = tree / "ziprc" / "systems" / "__init__.py"
     text = registry.read_text().replace(
-        "SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL)", "SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL, EXTRA)"
+        "COUNTDOWN_RL, REASONING_VOCABULARY)", "COUNTDOWN_RL, REASONING_VOCABULARY, EXTRA)"
     )
     registry.write_text(
         text.replace("from ziprc.systems.zip_rc", "from ziprc.systems.extra import EXTRA\nfrom ziprc.systems.zip_rc")

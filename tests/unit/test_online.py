@@ -28,12 +28,14 @@ from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, Request, Response, unknown_rows
 from ziprc.errors import UserError
 from ziprc.joint.checkpoint import load_model, save_checkpoint
+from ziprc.joint.reasoning import read_reasoning
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.rewards.base import Grade, Item, graded, ungraded
 from ziprc.tables.grades import GradeStatus
 from ziprc.tables.progress import PROGRESS
 from ziprc.training.durable import train_to_the_end
-from ziprc.training.online import HeldOut, OnlineTrainer, Sampler, ban, unban
+from ziprc.training.law import ban, unban
+from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
 from ziprc.training.window import Controller
 
 CAP, STOPS = 16, tuple(range(0, 260, 8))
@@ -63,13 +65,16 @@ class Run:
             tiny_checkpoint(self.base, joint=False)
         self.tokenizer, self.model = load_tokenizer(self.base), load_model(self.base)
         banned = unknown_rows(self.base, self.tokenizer)
-        settings = EngineSettings(self.base, Sampling(min_p=0.0), STOPS, banned, max_model_len=64, log_probs=True)
+        self.reasoning = read_reasoning(self.base)
+        settings = EngineSettings(
+            self.base, Sampling(min_p=0.0), STOPS, banned, max_model_len=64, reasoning=self.reasoning, log_probs=True
+        )
         self.engine = start("hf", settings)
         self.control = Controller(arm.window, CAP, seed)
         self.states = folder / ".online-easy.training" / "run"
         self.trainer = OnlineTrainer(
             self.model, self.tokenizer, prompts, arm, own or TrainOnline(), runtime or Runtime(rollouts_per_device=32),
-            Sampler(self.engine, STOPS, banned, CAP, 64), self.control, grader, held_out, self.states, seed,
+            Sampler(self.engine, STOPS, banned, CAP, 64, self.reasoning), self.control, grader, held_out, self.states, seed,
         )  # fmt: skip
 
     def train(self) -> list[dict[str, Any]]:

@@ -52,6 +52,7 @@ def test_every_file_of_an_experiment_and_its_variants_can_be_asked_for(experimen
         "zip-rc": ["values/train.parquet", "rollouts/test-ziprc.parquet", "grades/validation-ziprc.parquet"],
         "icl-v": ["metrics/icl-v.json"],
         "countdown-rl": ["metrics/countdown-rl.json", "checkpoints/online-adaptive/ziprc.json"],
+        "reasoning-vocabulary": ["metrics/reasoning-vocabulary.json", "checkpoints/online-plain/ziprc.json"],
     }
     files += [file for system in load(CONFIG, experiment).systems for file in own[system]]
     targets = [f"{home}/{file}" for file in files]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-System = Literal["zip-rc", "icl-v", "countdown-rl"]
+System = Literal["zip-rc", "icl-v", "countdown-rl", "reasoning-vocabulary"]
 SYSTEMS: tuple[str, ...] = get_args(System)
 
 

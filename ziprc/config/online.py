@@ -97,6 +97,10 @@ class Reward(Section):
 class Arm(Optimisation):
     """One way to train on-policy. A rollout is: sample, grade, one or more optimiser steps."""
 
+    start: str = Field("base", description="checkpoint that it starts from: base, expanded-<model> or warmed-<model>")
+    copies_rate: float = Field(
+        1.0, ge=0, description="learning rate of the rows of a reasoning vocabulary, as a multiple; 0: they stay"
+    )
     learning_rate: LearningRate = 1e-6
     schedule: Schedule = "constant"
     rollouts: int = Field(100, ge=1, description="times that responses are sampled and learned from")

@@ -3,7 +3,8 @@
 `train` and `test` are sampled from `checkpoints/base`; `test-many` gives the first test prompts many rollouts, for the
 empirical joint; `test-<checkpoint>` samples the test prompts from that checkpoint. `validation-ziprc` and `test-ziprc` are
 pools: `pool_samples` recorded responses per prompt, on which adaptive samplers are replayed. Seeds follow from (run seed,
-prompt, thinking, index) and not from the policy, so that drift is a paired comparison.
+prompt, thinking, index) and not from the policy, so that drift is a paired comparison. A policy with a reasoning vocabulary is
+also asked with its copies banned, and to go on from the first half of its own thoughts, kept or put back into ordinary tokens.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,6 +27,7 @@ from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.recording import Recording, Wanted, check_fit
 from ziprc.engines.workers import share_out
 from ziprc.joint.head import read_joint_head, read_manifest
+from ziprc.joint.reasoning import ReasoningVocabulary
 from ziprc.joint.tokenizer import TOKENIZER_FILES, load_tokenizer
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed, digest_file, digest_json
@@ -45,12 +49,29 @@ def wanted_of(prompt: dict[str, Any], of: RolloutsOf, tokenizer: Any, seed: int)
             yield Wanted(prompt["prompt_id"], thinking, index, own_seed, ids)
 
 
-def engine_settings(config: Config, folder: Path, tokenizer: Any) -> EngineSettings:
+def begun(
+    table: pa.Table, reasoning: ReasoningVocabulary, swapped: bool
+) -> dict[tuple[str, bool, int], tuple[int, ...]]:
+    """By (prompt, thinking, index): the response up to half of its thought, with its copies or with their sources."""
+    found = {}
+    for row in table.select(
+        ["prompt_id", "thinking", "sample_index", "prompt_token_ids", "response_token_ids"]
+    ).to_pylist():
+        ids = np.asarray(row["response_token_ids"])
+        inside = np.flatnonzero(reasoning.inside([reasoning.at_end(row["prompt_token_ids"])], ids[None])[0])
+        kept = ids[: inside[len(inside) // 2]] if len(inside) else ids[:0]
+        found[row["prompt_id"], row["thinking"], row["sample_index"]] = tuple(
+            (reasoning.plain(kept) if swapped else kept).tolist()
+        )
+    return found
+
+
+def engine_settings(config: Config, folder: Path, tokenizer: Any, copies: bool = True) -> EngineSettings:
     """How rollouts run the policy in `folder`. A joint head that overlaps tokens is refused here."""
     if "joint" in read_manifest(folder):
         read_joint_head(folder)
     own, machine = config.rollouts, config.runtime
-    return settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel)
+    return settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel, copies=copies)
 
 
 def run(context: Context) -> str:
@@ -62,7 +83,10 @@ def run(context: Context) -> str:
     tokenizer = load_tokenizer(policy)
     wanted = [list(wanted_of(prompt, of, tokenizer, config.seed)) for prompt in prompts]
     check_fit({w.prompt_id: len(w.prompt) for group in wanted for w in group}, own)
-    settings = engine_settings(config, policy, tokenizer)
+    settings = engine_settings(config, policy, tokenizer, copies=of.thoughts != "banned")
+    if of.before is not None and settings.reasoning is not None:
+        given = begun(ROLLOUTS.read(context.reads["before"]), settings.reasoning, of.thoughts == "swapped")
+        wanted = [[replace(w, begun=given[w.prompt_id, w.thinking, w.sample_index]) for w in group] for group in wanted]
     require_space(target.parent, sum(map(len, wanted)) * own.max_new_tokens * BYTES_PER_TOKEN)
 
     pieces = context.pieces(ROLLOUTS, cut(len(wanted), config.runtime.shard_prompts))

@@ -32,7 +32,8 @@ from ziprc.tables.progress import PROGRESS
 from ziprc.tables.prompts import PROMPTS
 from ziprc.training import resume
 from ziprc.training.durable import train_to_the_end
-from ziprc.training.online import HeldOut, OnlineTrainer, Sampler, unban
+from ziprc.training.law import unban
+from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
 from ziprc.training.window import Controller
 
 
@@ -77,7 +78,14 @@ def run(context: Context) -> str:
     with contextlib.ExitStack() as stack:
         ours = own.engine in ("hf", "vllm")
         engine = stack.enter_context(contextlib.closing(start(own.engine, settings))) if ours else None
-        sampler = Sampler(engine, settings.stop_token_ids, settings.banned, asked.max_new_tokens, asked.max_model_len)
+        sampler = Sampler(
+            engine,
+            settings.stop_token_ids,
+            settings.banned,
+            asked.max_new_tokens,
+            asked.max_model_len,
+            settings.reasoning,
+        )
         held_out = HeldOut(judged, [ids[row["prompt_id"]] for row in judged], own.judged_every, own.judged_samples)
         trainer = OnlineTrainer(
             model, tokenizer, prompts, arm, own, runtime, sampler, control, grading(config, stack), held_out, folder, seed

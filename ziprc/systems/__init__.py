@@ -11,9 +11,10 @@ from ziprc.store.layout import Layout
 from ziprc.systems import shared
 from ziprc.systems.countdown_rl import COUNTDOWN_RL
 from ziprc.systems.icl_v import ICL_V
+from ziprc.systems.reasoning_vocabulary import REASONING_VOCABULARY
 from ziprc.systems.zip_rc import ZIP_RC
 
-SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL)
+SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL, REASONING_VOCABULARY)
 OWN = [stage for system in SYSTEMS for stage in system.stages]
 STAGES = (*shared.responses(SYSTEMS), *OWN, *shared.results(SYSTEMS))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ziprc.config.load import Config
 from ziprc.errors import UserError
@@ -27,6 +27,8 @@ class RolloutsOf:
     """What a table of responses is: whose prompts, whose responses, how many with and without thinking.
 
     `limit` is the number of prompts, the first ones (None: all); `counts` the keys of the section `rollouts` behind it.
+    `thoughts`: of a policy with a reasoning vocabulary, what is done to its copies: `banned` from the start, or the first half
+    of each thought of the rollouts `before` is `kept`, or `swapped` for sources, and the rest is sampled anew.
     """
 
     prompts: str
@@ -34,6 +36,8 @@ class RolloutsOf:
     samples: tuple[tuple[bool, int], ...]
     counts: tuple[str, ...]
     limit: int | None = None
+    thoughts: Literal["own", "banned", "kept", "swapped"] = "own"
+    before: Ref | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ def responses(systems: Sequence[System]) -> tuple[Stage[Any], ...]:
         ),
         Stage(
             "rollouts", "responses for {name}", TABLE, rollouts,
-            reads=lambda c, v: {"prompts": Ref("prompts", v.prompts), "policy": v.policy},
+            reads=lambda c, v: {
+                "prompts": Ref("prompts", v.prompts), "policy": v.policy, **({"before": v.before} if v.before else {})
+            },
             params=lambda c, v: ["seed", *SAMPLING, *(f"rollouts.{key}" for key in v.counts)],
             machine="gpu", uses=lambda c, v: [engine_module(c)],
         ),

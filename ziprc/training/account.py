@@ -52,6 +52,7 @@ class Rollout:
     norms: list[float] = field(default_factory=list)
     log_ratios: list[Tensor] = field(default_factory=list)  # new over old policy: the tokens of each micro-batch
     mismatches: list[Tensor] = field(default_factory=list)  # trainer over sampler
+    use: Any = None  # of a reasoning vocabulary, where there is one (vocabulary.py)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:

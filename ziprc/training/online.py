@@ -41,9 +41,11 @@ with warnings.catch_warnings():  # of a newer vLLM than TRL knows, which is of n
 
 from ziprc.config.base import Runtime, Sampling
 from ziprc.config.online import Arm, TrainOnline
-from ziprc.engines.base import Engine, IdRange, Request, Response
+from ziprc.engines.base import Engine, Request, Response
 from ziprc.engines.recording import response_texts
 from ziprc.errors import UserError, first_few
+from ziprc.joint.reasoning import NEVER, ReasoningVocabulary
+from ziprc.joint.vocabulary import IdRange
 from ziprc.progress import progress
 from ziprc.rewards.base import Grade, Item
 from ziprc.rewards.combine import reward_function
@@ -53,10 +55,11 @@ from ziprc.tables.rollouts import FinishReason
 from ziprc.training import resume
 from ziprc.training.account import Answer, Rollout, Row, described, ratios, reason_of, score_of
 from ziprc.training.durable import Durable, distinct, machine_arguments
+from ziprc.training.law import add_region_head, ban
 from ziprc.training.micro import Sizes, by_length
+from ziprc.training.vocabulary import CopiesRate, Use, drift_row, put_back
 from ziprc.training.window import Controller, Seen
 
-NEVER = -1e4  # logit of a banned row: its probability is exactly 0, and 0 times it is a number
 STATE, ROWS = "online.json", "progress.jsonl"
 PARTS = ("push", "generate", "grade", "score", "judge")  # of a rollout that are timed; the rest of it is the update
 Grader = Callable[[Sequence[Item]], list[Grade]]
@@ -71,6 +74,7 @@ class Sampler:
     banned: tuple[IdRange, ...]
     cap: int  # tokens of a response, at most
     context: int  # of prompt and response together
+    reasoning: ReasoningVocabulary | None = None  # copies that it may use in the thinking block
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,13 @@ class OnlineTrainer(Durable, GRPOTrainer):
             )
         for one in (self.model, self.ref_model):
             if one is not None:
-                ban(self.accelerator.unwrap_model(one), sampler.banned)
+                whole = self.accelerator.unwrap_model(one)
+                ban(whole, sampler.banned)
+                if sampler.reasoning is not None:
+                    add_region_head(whole, sampler.reasoning, arm.temperature)
+        self.rate = (
+            CopiesRate(self.model, sampler.reasoning, arm.copies_rate) if sampler.reasoning is not None else None
+        )
         self.add_callback(EndOfRollout(self))
 
     # --- a rollout: sample, grade ---
@@ -152,6 +162,7 @@ class OnlineTrainer(Durable, GRPOTrainer):
         now, number = self.now, self.rule.memory.rollouts
         now.window, now.probe = self.rule.plan()
         now.prompt_ids = prompt_ids
+        now.use = None if self.sampler.reasoning is None else Use(self.sampler.reasoning)
         if self.sampler.engine is None:
             self.vllm_generation.max_completion_length = now.window
             with now.timed("generate"):
@@ -248,12 +259,37 @@ class OnlineTrainer(Durable, GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _get_per_token_logps_and_entropies(
-        self, *args: Any, **kwargs: Any
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         with self.now.timed("score") if not torch.is_grad_enabled() else contextlib.nullcontext():
-            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if self.sampler.reasoning is None:
+                found = super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+                )
+            else:
+                found = self.in_regions(self.sampler.reasoning, model, input_ids, attention_mask, logits_to_keep)
         self.scored = found[0].detach()
         return found
+
+    def in_regions(
+        self, reasoning: ReasoningVocabulary, model: Any, ids: Tensor, mask: Tensor, keep: int
+    ) -> tuple[Tensor, Tensor, None]:
+        """Log-probabilities and entropies [B, T] of the last `keep` tokens, each by the law of where it stands."""
+        begin = [reasoning.at_end(row) for row in ids[:, :-keep].tolist()]
+        inside = torch.from_numpy(reasoning.inside(begin, ids[:, -keep:].cpu())).to(ids.device)
+        with self.accelerator.autocast():
+            log_probs, entropies, states = model(input_ids=ids, attention_mask=mask, inside=inside)
+        if torch.is_grad_enabled():  # the pass that is learned from
+            weight = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+            self.now.use.learn(states.detach(), entropies.detach(), inside, mask[:, -keep:].bool(), weight.detach())
+        return log_probs, entropies, None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.rate is not None and self.arm.copies_rate != 1:
+            self.rate.attach(optimizer)
+        return optimizer
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """TRL's loss; refused before the step when a token of it has no probability."""
@@ -295,6 +331,8 @@ class OnlineTrainer(Durable, GRPOTrainer):
             "clip_fraction": means.get("clip_ratio/region_mean"), "grad_norm": float(np.mean(now.norms)),
             "learning_rate": self.lr_used, **found,
         }  # fmt: skip
+        if self.sampler.reasoning is not None:
+            row |= self.vocabulary_row(self.sampler.reasoning)
         if self.held_out.every and (
             row["rollout"] % self.held_out.every == 0 or self.state.global_step >= self.state.max_steps
         ):
@@ -306,6 +344,16 @@ class OnlineTrainer(Durable, GRPOTrainer):
                 f"runtime.mismatch={self.runtime.mismatch:g}: what is learned from was drawn by another policy",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+    def vocabulary_row(self, reasoning: ReasoningVocabulary) -> Row:
+        """What became of the copies in this rollout, and of their rows since the beginning."""
+        now, model = self.now, self.accelerator.unwrap_model(self.model)
+        responses = [response.token_ids for response in now.responses]
+        now.use.see(now.prompt_ids, responses)
+        rng = np.random.default_rng(derived_seed(self.run_seed, "put back", now.row["rollout"]))
+        gaps = put_back(model, reasoning, now.prompt_ids, responses, self.sampler.banned, rng)
+        now.use.add(copy_kl=sum(gaps), probed=len(gaps))
+        return now.use.with_others(gather_object([now.use])).row() | drift_row(model, reasoning)
 
     def over_processes(self, found: dict[str, float]) -> dict[str, float]:
         """Means over the processes that have a number."""
@@ -400,34 +448,3 @@ class EndOfRollout(TrainerCallback):
             self.bar.update()
             if state.global_step >= state.max_steps or trainer.stopped_by:
                 self.bar.close()
-
-
-class _Whole(Tensor):
-    """A tensor that is not sharded, and says so where TRL asks a sharded one for the whole."""
-
-    def full_tensor(self) -> Tensor:
-        return self
-
-
-def ban(model: PreTrainedModel, banned: Sequence[IdRange]) -> None:
-    """Let `model` give no probability to these rows, as the engines do. Not part of its weights: nothing of it is saved."""
-    head = model.get_output_embeddings()
-    if head.bias is not None:
-        raise UserError(
-            "The model's output matrix has a bias, which on-policy training cannot keep apart from what is banned."
-        )
-    if not banned:
-        return
-    rows = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
-    for first, last in banned:
-        rows[first:last] = NEVER
-    del head._parameters["bias"]
-    head.bias = rows.as_subclass(_Whole)
-
-
-def unban(model: PreTrainedModel) -> None:
-    """Undo `ban`, before the model is saved."""
-    head = model.get_output_embeddings()
-    if "bias" not in head._parameters:
-        del head.bias
-        head.register_parameter("bias", None)

@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ziprc.chat import CHATML_TEMPLATE, FEEDBACK_WORDS, THINK_END, prompt_token_ids
+from ziprc.chat import CHATML_TEMPLATE, FEEDBACK_WORDS, THINK_END, THINK_START, prompt_token_ids
 from ziprc.config.shared import Architecture, Base
 from ziprc.errors import UserError
 from ziprc.store.digests import derived_seed
@@ -25,7 +25,7 @@ from ziprc.tasks.base import TeachingTask
 from ziprc.training.data import TextData
 from ziprc.training.order import BatchOrder, MicroBatches, order_by_tokens
 
-STOP, PAD, START, THINK = "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<think>"
+STOP, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 TRIAL_TRACES = 256  # drawn first, to learn how many traces the token budget needs
 REPEAT_LENGTH = 96  # tokens of a sequence that repeats one segment
 SEGMENT = (6, 24)  # tokens of a segment, at least and at most
@@ -48,7 +48,7 @@ def build_tokenizer(corpus: Iterable[str], architecture: Architecture) -> PreTra
         trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False),
     )
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (PAD, START, STOP)])
-    core.add_tokens([AddedToken(text, special=False, normalized=False) for text in (THINK, THINK_END)])
+    core.add_tokens([AddedToken(text, special=False, normalized=False) for text in (THINK_START, THINK_END)])
     if core.get_vocab_size() >= architecture.vocab_size:
         raise UserError(
             f"base.architecture.vocab_size is {architecture.vocab_size}, but the tokenizer has {core.get_vocab_size()} "
