@@ -5,6 +5,10 @@ and their ratios to ours with the engine `hf`. TRL's paths sample other tokens f
 Run, where the experiment's base exists:
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.online toy-countdown-seed1 --rollouts 6
+
+With `--starts`, what it costs to start from other checkpoints, by turns, with the engine `hf`; ratios are to the first:
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.online toy-vocabulary-seed1 --rollouts 12 --starts base expanded-copies
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("hf", "vllm", "trl-generate", "colocate")
+REPEATS = 3  # of each checkpoint, of which the fastest counts
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -51,8 +56,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from ziprc.training.window import Controller
 
     config = load(Path("config.yaml"), options.experiment)
-    base = Layout(options.results, options.experiment).checkpoint("base")
-    arm = config.train_online.arms["fixed"].model_copy(update={"rollouts": options.rollouts})
+    base = Layout(options.results, options.experiment).checkpoint(options.start)
+    arm = next(iter(config.train_online.arms.values())).model_copy(update={"rollouts": options.rollouts})
     ours = options.kind in ("hf", "vllm")
     own = config.train_online.model_copy(update={"engine": options.kind if ours else "colocate", "judged_every": 0})
     prompts = get_task(config.prompts.task).prompts(config.prompts.settings, "train", config.prompts.train, config.seed)
@@ -63,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer, cap = load_tokenizer(base), config.rollouts.max_new_tokens
     settings = settings_for(base, tokenizer, config.rollouts, Sampling(min_p=0.0), config.runtime, 1, log_probs=True)
     engine = start(options.kind, settings) if ours else None
-    sampler = Sampler(engine, settings.stop_token_ids, settings.banned, cap, settings.max_model_len)
+    sampler = Sampler(engine, settings.stop_token_ids, settings.banned, cap, settings.max_model_len, settings.reasoning)
     with tempfile.TemporaryDirectory() as folder:
         states = Path(folder) / ".online-x.training" / "run"
         resume.claim(states)
@@ -120,24 +125,34 @@ def main() -> None:
     parser.add_argument("experiment")
     parser.add_argument("--rollouts", type=int, default=6)
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--starts", nargs="+", metavar="CHECKPOINT", help="compare what training starts from")
+    parser.add_argument("--start", default="base", help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, help="measure this one alone, and print JSON")
     options = parser.parse_args()
     if options.kind:
         print(json.dumps(measure(options)), flush=True)
         os._exit(0)  # vLLM in this process need not be taken apart
-    found = {}
-    for kind in KINDS:
-        command = [sys.executable, "-m", "tests.benchmarks.online", *sys.argv[1:], "--kind", kind]
+    found: dict[str, dict[str, Any]] = {}
+    turns = (
+        [("hf", start) for start in options.starts] * REPEATS if options.starts else [(kind, "base") for kind in KINDS]
+    )
+    for kind, start in turns:
+        own = ["--kind", kind, "--start", start, "--rollouts", str(options.rollouts), "--results", str(options.results)]
+        command = [sys.executable, "-m", "tests.benchmarks.online", options.experiment, *own]
         done = subprocess.run(command, capture_output=True, text=True)
+        name = start if options.starts else kind
         if done.returncode or not done.stdout.strip():
-            print(f"{kind}: not measured: {done.stderr.strip().splitlines()[-1][:200]}")
+            print(f"{name}: not measured: {done.stderr.strip().splitlines()[-1][:200]}")
             continue
-        found[kind] = json.loads(done.stdout.strip().splitlines()[-1])
+        one = json.loads(done.stdout.strip().splitlines()[-1])
+        found[name] = min(found.get(name, one), one, key=lambda of: of["seconds"] / of["tokens"])
+    first = next(iter(found.values()))
     for kind, of in found.items():
         parts = ", ".join(f"{part} {of[part]:.2f}" for part in ("push", "generate", "grade"))
-        ratio = of["seconds"] / found["hf"]["seconds"]
+        ratio, same = of["seconds"] / first["seconds"], of["tokens"] / first["tokens"]
         print(
-            f"{kind:<14}{of['seconds']:.2f} CPU-s a rollout of {of['tokens']:.0f} tokens: {ratio:.2f} of hf's (wall: {parts})"
+            f"{kind:<16}{of['seconds']:.2f} CPU-s a rollout of {of['tokens']:.0f} tokens: {ratio:.2f} of the first's, "
+            f"{ratio / same:.2f} a token (wall: {parts})"
         )
 
 

@@ -48,6 +48,8 @@ STAGES = {
     "guided": "test-guided-exp",
     "train_policy": "policy-kl",
     "train_online": "online-adaptive",
+    "expand": "expanded-signs",
+    "warm_up": "warmed-dialect",
     "evaluate": "zip-rc",
     "report": "report",
 }

@@ -30,9 +30,14 @@ pytestmark = pytest.mark.slow
 
 PLAN = graph_of(load(MICRO, "micro"), Layout(Path("results"), "micro"))
 EVERY = {ref.stage: ref for ref in PLAN.closure(goals_of(PLAN.config))}  # one artifact of each stage
-MORE = [Ref("train_joint", "noisy-fold0"), Ref("values", "test-many"), Ref("rollouts", "train")]
+MORE = [
+    Ref("train_joint", "noisy-fold0"),
+    Ref("values", "test-many"),
+    Ref("rollouts", "train"),
+    Ref("rollouts", "test-online-copies-swapped"),
+]
 # Of these a whole section is handed on, and which of its keys are read depends on the values of others.
-WHOLE = {"frontier", "base", "train_joint", "train_policy", "train_online"}
+WHOLE = {"frontier", "base", "train_joint", "train_policy", "train_online", "expand", "warm_up"}
 
 
 def inner(section: BaseModel, name: str) -> dict[str, Section]:
