@@ -24,7 +24,7 @@ from ziprc.joint.checkpoint import load_model, save_checkpoint
 from ziprc.joint.reasoning import INSIDE, ReasoningVocabulary, read_reasoning
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.training.expansion import add_copies
-from ziprc.training.law import add_region_head, ban
+from ziprc.training.law import add_region_head, ban, in_regions
 
 pytest.importorskip("vllm")
 
@@ -138,10 +138,8 @@ def scored(folder: Path, reasoning: ReasoningVocabulary, ids: torch.Tensor, keep
     model = load_model(folder)
     ban(model, unknown_rows(folder, load_tokenizer(folder)))
     add_region_head(model, reasoning, temperature)
-    begin = [reasoning.at_end(row) for row in ids[:, :-keep].tolist()]
-    where = torch.from_numpy(reasoning.inside(begin, ids[:, -keep:].numpy()))
     with torch.no_grad():
-        log_probs, entropies, _ = model(input_ids=ids, attention_mask=torch.ones_like(ids), inside=where)
+        log_probs, entropies, _, where = in_regions(model, reasoning, ids, torch.ones_like(ids), keep)
     return log_probs, entropies, where
 
 

@@ -426,6 +426,15 @@ def test_prompts_are_templated_as_they_are_for_rollouts(tmp_path: Path) -> None:
         run.engine.close()
 
 
+def test_trls_head_still_takes_a_matrix_a_bias_and_what_is_asked_of_it() -> None:
+    from trl.kernels import ChunkedLogProbFunction
+
+    assert list(inspect.signature(ChunkedLogProbFunction.forward).parameters) == [
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
+        "outputs",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -447,6 +456,8 @@ def test_trl_still_has_the_methods_that_are_overridden(name: str, parameters: st
 def test_trl_still_scores_tokens_by_the_method_that_is_overridden() -> None:
     from trl import GRPOTrainer
 
+    known = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert known[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
     source = inspect.getsource(GRPOTrainer._compute_loss)
     assert "self._get_per_token_logps_and_entropies(" in source and 'inputs.get("old_per_token_logps")' in source
     assert "lm_head.bias" in inspect.getsource(inspect.getmodule(GRPOTrainer).add_fused_lm_head)  # type: ignore[union-attr]

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ziprc.config.base import LearningRate, Name, Optimisation, Schedule, Section, Unit, laid_beneath
 from ziprc.errors import UserError, nearest
 
-Rule = Literal["fixed", "phased", "adaptive", "legacy", "proposed"]
+Rule = Literal["fixed", "phased", "adaptive", "legacy", "proposed", "predicted"]
 RULES: tuple[str, ...] = get_args(Rule)
 REWARDS = ("score", "cosine", "format", "repetition", "overlong")  # those of ziprc/rewards/combine.py
 Tokens = Annotated[int, Field(ge=1)]
@@ -20,7 +20,8 @@ class Window(Section):
 
     rule: Rule = Field(
         "fixed",
-        description="adaptive: follows the lengths of right answers; legacy: the published rule; proposed: its mend",
+        description="adaptive: follows the lengths of right answers; legacy: the published rule; proposed: its mend; predicted: "
+        "stops each response by the joint head of the checkpoint that the arm starts from",
     )
     start: Tokens | None = Field(
         None, description="tokens of the first rollouts; null: rollouts.max_new_tokens, the largest"
@@ -61,6 +62,10 @@ class Window(Section):
     )
     least_move: int = Field(5, ge=0, description="legacy: smaller moves are dropped")
     explore: Unit = Field(0.0, description="legacy: chance of a jump to the largest window, which stays")
+    floor: Unit = Field(
+        0.05, description="predicted: least chance of a right answer within the window with which a response goes on"
+    )
+    interval: Tokens = Field(8, description="predicted: tokens of a response from one such look to the next")
     lengths: Literal["all", "rolling", "ema"] = Field(
         "all", description="legacy: what the mean length of successes is over"
     )
@@ -97,7 +102,7 @@ class Reward(Section):
 class Arm(Optimisation):
     """One way to train on-policy. A rollout is: sample, grade, one or more optimiser steps."""
 
-    start: str = Field("base", description="checkpoint that it starts from: base, expanded-<model> or warmed-<model>")
+    start: str = Field("base", description="what it starts from: base, expanded-<model>, warmed-<model>, ziprc or lite")
     copies_rate: float = Field(
         1.0, ge=0, description="learning rate of the rows of a reasoning vocabulary, as a multiple; 0: they stay"
     )

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ziprc.joint.head import JointHead
 
 OnTokens = Callable[[int], None]
+Watch = Callable[[Sequence[int], Sequence[int], NDArray[np.float32]], Iterable[int]]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
@@ -141,8 +142,15 @@ class Engine(Protocol):
     Close it whatever happens (`contextlib.closing`): its watchdog would go on, and end a process that has moved on.
     """
 
-    def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
-        """Responses in the order of the requests; `on_tokens` hears how many tokens each finished response has."""
+    def generate(
+        self, requests: Sequence[Request], on_tokens: OnTokens | None = None, watch: Watch | None = None
+    ) -> list[Response]:
+        """Responses in the order of the requests; `on_tokens` hears how many tokens each finished response has.
+
+        `watch` is told at every step which requests go on (by their place among `requests`), how many tokens each had in the
+        state that was read, and the joint of those states [n, R·L]; those that it names end there, as FinishReason.ABORT.
+        It needs an engine that reads a joint.
+        """
 
     def session(self) -> Session:
         """A drained engine with an empty prefix cache, under live control; one at a time."""

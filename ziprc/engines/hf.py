@@ -26,6 +26,7 @@ from ziprc.engines.base import (
     Request,
     Response,
     Step,
+    Watch,
     check_request,
     check_weights,
     own_dtype,
@@ -164,6 +165,12 @@ class _Inputs:
         self.cache.batch_select_indices(index)
 
 
+def _of_batch(watch: Watch, batch: Sequence[int]) -> Watch:
+    """The watch of one batch, whose rows are requests of these numbers."""
+    row_of = {request: row for row, request in enumerate(batch)}
+    return lambda rows, positions, joint: [row_of[i] for i in watch([batch[row] for row in rows], positions, joint)]
+
+
 class HFEngine:
     """Static batches of `max_num_seqs` requests, sorted by prompt length, padded on the left."""
 
@@ -174,7 +181,9 @@ class HFEngine:
         self.model = load_model(settings.model, getattr(torch, dtype)).to(self.device)
         self.watchdog = Watchdog(settings.stall_limit_s, f"Transformers with {settings.model}")
 
-    def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
+    def generate(
+        self, requests: Sequence[Request], on_tokens: OnTokens | None = None, watch: Watch | None = None
+    ) -> list[Response]:
         """As `Engine.generate`."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_token_ids))
         responses: dict[int, Response] = {}
@@ -182,7 +191,7 @@ class HFEngine:
             batch = order[start : start + self.settings.max_num_seqs]
             rows = [self._row(requests[i], number) for number, i in enumerate(batch)]
             reader = ReadJoint(self.settings.joint_rows) if self.settings.joint_rows else None
-            self._finish(rows, taps_of(self.settings, reader), on_tokens or (lambda tokens: None))
+            self._finish(rows, reader, on_tokens or (lambda tokens: None), watch and _of_batch(watch, batch))
             joint = reader.by_request([len(row.tokens) for row in rows]) if reader else [None] * len(rows)
             responses.update((i, row.response(own)) for i, row, own in zip(batch, rows, joint, strict=True))
         return [responses[i] for i in range(len(requests))]
@@ -216,9 +225,9 @@ class HFEngine:
         return _Inputs(ids, mask, positions, DynamicCache(config=self.model.config))
 
     @torch.inference_mode()
-    def _finish(self, rows: Sequence[_Row], taps: Sequence[LogitsTap], on_tokens: OnTokens) -> None:
+    def _finish(self, rows: Sequence[_Row], reader: ReadJoint | None, on_tokens: OnTokens, watch: Watch | None) -> None:
         """Generate until every row has its finish reason."""
-        batch, inputs = list(rows), self._padded(rows)
+        batch, inputs, taps = list(rows), self._padded(rows), taps_of(self.settings, reader)
         while batch:
             tokens, logits = self._next(batch, inputs, taps)
             said = drawn_log_probs(logits, [row.sampling for row in batch], tokens) if self.settings.log_probs else None
@@ -230,6 +239,11 @@ class HFEngine:
                     row.log_probs += own
                     if row.finish_reason is not None:
                         on_tokens(len(row.tokens))
+            if watch is not None and reader is not None:
+                going = {row.number: row for row in batch if row.finish_reason is None}
+                for number in reader.stopped(watch, going):
+                    going[number].finish_reason = FinishReason.ABORT
+                    on_tokens(len(going[number].tokens))
             inputs.advance(tokens)
             live = [i for i, row in enumerate(batch) if row.finish_reason is None]
             if len(live) < LIVE_SHARE * len(batch):

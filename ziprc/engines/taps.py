@@ -12,7 +12,7 @@ Shapes: B rows of a batch, V rows of the output matrix, K of them not banned, n 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ziprc.engines.base import EngineSettings, IdRange
+from ziprc.engines.base import EngineSettings, IdRange, Watch
 from ziprc.joint.reasoning import INSIDE, NEVER, ReasoningVocabulary
 
 STEPS_PER_COPY = 64
@@ -127,10 +127,12 @@ class ReadJoint:
         self.places: list[Place] = []
         self._waiting: list[torch.Tensor] = []
         self._host: list[NDArray[np.float32]] = []
+        self.latest: tuple[Sequence[Place], torch.Tensor] = ((), torch.empty(0))  # of the last step
 
     def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
         self.places.extend(places)
         self._waiting.append(logits[:, self.joint].float().softmax(-1))  # no view: the rows are banned next
+        self.latest = places, self._waiting[-1]
         if len(self._waiting) >= STEPS_PER_COPY:
             self._copy()
 
@@ -138,6 +140,15 @@ class ReadJoint:
         if self._waiting:
             self._host.append(torch.cat(self._waiting).cpu().numpy())
             self._waiting.clear()
+
+    def stopped(self, watch: Watch, live: Collection[int]) -> set[int]:
+        """Which of the `live` requests of the last step a watch ends."""
+        places, joint = self.latest
+        rows = [row for row, (request, position) in enumerate(places) if request in live and position >= 0]
+        if not rows:
+            return set()
+        requests, positions = zip(*(places[row] for row in rows), strict=True)
+        return set(watch(requests, positions, joint[rows].cpu().numpy()))
 
     def by_request(self, lengths: Sequence[int]) -> list[NDArray[np.float32]]:
         """[m, R·L] for every request, given the m of each. The last reading of a position counts."""

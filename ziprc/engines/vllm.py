@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput
@@ -46,6 +46,7 @@ from ziprc.engines.base import (
     Request,
     Response,
     Step,
+    Watch,
     check_request,
     check_weights,
     own_dtype,
@@ -189,27 +190,42 @@ class VLLMEngine:
             raise UserError(f"vLLM refused to start with {settings.model}: {error}") from error
         self.watchdog = Watchdog(settings.stall_limit_s, f"vLLM with {settings.model}")
 
-    def generate(self, requests: Sequence[Request], on_tokens: OnTokens | None = None) -> list[Response]:
+    def generate(
+        self, requests: Sequence[Request], on_tokens: OnTokens | None = None, watch: Watch | None = None
+    ) -> list[Response]:
         """As `Engine.generate`."""
-        reader = ReadJoint(self.settings.joint_rows) if self.settings.joint_rows else None
+        engine, reader = self.llm.llm_engine, ReadJoint(self.settings.joint_rows) if self.settings.joint_rows else None
         self._start(reader)
-        for number, request in enumerate(requests):
-            self._add(request, number)
-        finished: dict[int, RequestOutput] = {}
-        while self.llm.llm_engine.has_unfinished_requests():
+        kind = RequestOutputKind.FINAL_ONLY if watch is None else RequestOutputKind.CUMULATIVE
+        ids = [self._add(request, number, kind) for number, request in enumerate(requests)]
+        texts: dict[int, CompletionOutput] = {}
+        live, ended = set(range(len(requests))), set[int]()
+        while engine.has_unfinished_requests():
             with self.watchdog.watching():
-                outputs = self.llm.llm_engine.step()
+                outputs = engine.step()
             for output in outputs:
-                finished[int(output.request_id)] = output
-                if on_tokens is not None:
-                    on_tokens(len(output.outputs[0].token_ids))
-        texts = [finished[number].outputs[0] for number in range(len(requests))]
-        said = [_log_probs(text) if self.settings.log_probs else None for text in texts]
-        joint = reader.by_request([len(text.token_ids) for text in texts]) if reader and texts else [None] * len(texts)
+                number = int(output.request_id)
+                if number in live:
+                    texts[number] = output.outputs[0]
+            for number in [int(output.request_id) for output in outputs if output.finished]:
+                if number in live:
+                    live.remove(number)
+                    if on_tokens is not None:
+                        on_tokens(len(texts[number].token_ids))
+            if watch is not None and reader is not None:
+                stopped = reader.stopped(watch, live & set(texts))
+                engine.abort_request([ids[number] for number in stopped], internal=True)
+                live, ended = live - stopped, ended | stopped
+        responses = [texts[number] for number in range(len(requests))]
+        said = [_log_probs(text) if self.settings.log_probs else None for text in responses]
+        joint: list[Any] = [None] * len(responses)
+        if reader and responses:
+            joint = reader.by_request([len(text.token_ids) for text in responses])
         del _taps[self._id]  # and all that was read
+        why = [FinishReason.ABORT if n in ended else FinishReason(of.finish_reason) for n, of in enumerate(responses)]
         return [
-            Response(request.key, tuple(text.token_ids), FinishReason(text.finish_reason), reading, own)
-            for request, text, reading, own in zip(requests, texts, joint, said, strict=True)
+            Response(request.key, tuple(text.token_ids), reason, reading, own)
+            for request, text, reason, reading, own in zip(requests, responses, why, joint, said, strict=True)
         ]
 
     def session(self) -> VLLMSession:
@@ -244,7 +260,7 @@ class VLLMEngine:
             raise RuntimeError("vLLM still holds KV blocks although nothing is in flight")
         _taps[self._id] = taps_of(self.settings, reader)
 
-    def _add(self, request: Request, number: int) -> str:
+    def _add(self, request: Request, number: int, kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY) -> str:
         """Queue the request; its output and its readings are filed under `number`. Returns vLLM's own id for it."""
         reasoning = self.settings.reasoning
         begin = reasoning.at_end(request.prompt_token_ids) if reasoning else 0
@@ -256,7 +272,7 @@ class VLLMEngine:
             ignore_eos=True,  # the stop ids above are all there are; vLLM adds none of its own
             detokenize=False,
             logprobs=0 if self.settings.log_probs else None,  # of the token that was drawn alone
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=kind,
             extra_args={"ziprc_request": number, "ziprc_begin": begin},
         )
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}

@@ -50,6 +50,13 @@ class JointDistribution:
         total = np.maximum(self.probabilities.sum(-1, dtype=np.float64), 1e-12)
         return np.clip(self.reward_marginal() @ np.asarray(self.grid.reward_centres) / total, 0.0, 1.0)
 
+    def right_within(self, tokens: NDArray[np.int64], least: float = 0.5) -> NDArray[np.float64]:
+        """[...] chance of a reward of `least` or more with at most `tokens` [...] still to come, stop token included."""
+        edges = np.asarray(self.grid.length_edges, dtype=np.float64)
+        share = np.clip((np.asarray(tokens)[..., None] - edges[:-1]) / np.diff(edges), 0.0, 1.0)
+        right = np.asarray(self.grid.reward_centres) >= least
+        return (self.table[..., right, :].sum(-2, dtype=np.float64) * share).sum(-1)
+
     def expected_remaining(self) -> NDArray[np.float64]:
         """[...] tokens, mean of the bin midpoints."""
         return self.length_marginal() @ self.grid.length_midpoints

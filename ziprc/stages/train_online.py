@@ -8,6 +8,7 @@ or test prompts moves the policy.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ziprc.engines import start
 from ziprc.engines.base import settings_for
 from ziprc.engines.recording import check_fit
 from ziprc.joint.checkpoint import load_model, save_checkpoint
-from ziprc.joint.head import read_manifest
+from ziprc.joint.head import read_joint_head, read_manifest
 from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.rewards.base import Grade, Grader, Item, decide
 from ziprc.rewards.grading import check_gradable, judge_grader, rule_grader
@@ -34,6 +35,7 @@ from ziprc.training import resume
 from ziprc.training.durable import train_to_the_end
 from ziprc.training.law import unban
 from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
+from ziprc.training.predicted import Predictor
 from ziprc.training.window import Controller
 
 
@@ -73,19 +75,19 @@ def run(context: Context) -> str:
     settings = settings_for(
         base, tokenizer, asked, Sampling(min_p=0.0), runtime, runtime.tensor_parallel, log_probs=True
     )
+    head = read_joint_head(base) if "joint" in read_manifest(base) else None
+    predictor = None
+    if arm.window.rule == "predicted" and head is not None:
+        settings, predictor = replace(settings, joint=head), Predictor(head.grid, runtime.max_num_seqs)
     model = load_model(base)
     model.set_attn_implementation(runtime.attention)
     with contextlib.ExitStack() as stack:
         ours = own.engine in ("hf", "vllm")
         engine = stack.enter_context(contextlib.closing(start(own.engine, settings))) if ours else None
         sampler = Sampler(
-            engine,
-            settings.stop_token_ids,
-            settings.banned,
-            asked.max_new_tokens,
-            asked.max_model_len,
-            settings.reasoning,
-        )
+            engine, settings.stop_token_ids, settings.banned, asked.max_new_tokens, asked.max_model_len, settings.reasoning,
+            predictor,
+        )  # fmt: skip
         held_out = HeldOut(judged, [ids[row["prompt_id"]] for row in judged], own.judged_every, own.judged_samples)
         trainer = OnlineTrainer(
             model, tokenizer, prompts, arm, own, runtime, sampler, control, grading(config, stack), held_out, folder, seed
@@ -104,7 +106,7 @@ def run(context: Context) -> str:
                 PROGRESS.write(private / "progress.parquet", table)
 
             save_checkpoint(
-                context.target, model.to(dtype), tokenizer, record | {"window": control.plan()[0]}, more=more
+                context.target, model.to(dtype), tokenizer, record | {"window": control.plan()[0]}, head, more
             )
             times = [
                 {name: value for name, value in row.items() if name == "rollout" or "seconds" in name} for row in rows

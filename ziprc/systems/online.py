@@ -19,6 +19,7 @@ class Start:
 
     checkpoint: Ref
     expansion: Expansion | None = None
+    has_head: bool = False
 
     @property
     def has_copies(self) -> bool:
@@ -26,9 +27,11 @@ class Start:
 
 
 def starts(config: Config) -> dict[str, Start]:
-    """`base`, `expanded-<model>` and `warmed-<model>`."""
+    """`base`, `expanded-<model>`, `warmed-<model>`, and the joint heads, of which `lite` answers as the base does."""
     given = config.expand.models
     found = {"base": Start(BASE)}
+    heads = ("ziprc", *(("lite",) if config.train_joint.lite else ()))
+    found |= {name: Start(Ref("train_joint", name), has_head=True) for name in heads}
     found |= {f"expanded-{name}": Start(Ref("expand", f"expanded-{name}"), own) for name, own in given.items()}
     for name, own in config.warm_up.models.items():
         found[f"warmed-{name}"] = Start(Ref("warm_up", f"warmed-{name}"), given.get(own.model or ""))
@@ -81,6 +84,11 @@ def check_arms(config: Config) -> None:
             raise UserError(
                 f"{where}: there is no checkpoint '{arm.start}' to start from{nearest(arm.start, list(known))}. It is one of "
                 f"{', '.join(known)}."
+            )
+        if arm.window.rule == "predicted" and not (known[arm.start].has_head and own.engine in ("hf", "vllm")):
+            raise UserError(
+                f"{where}: a predicted window is read from a joint head by our engines. Start from lite or ziprc, with "
+                f"train_online.engine hf or vllm (now {arm.start}, {own.engine})."
             )
         if arm.copies_rate != 1 and not known[arm.start].has_copies:
             raise UserError(f"{where}: copies_rate is {arm.copies_rate:g}, but {arm.start} has no copies.")

@@ -17,8 +17,10 @@ from torch import Tensor
 from ziprc.engines.base import Response
 from ziprc.rewards.base import RIGHT, Grade
 from ziprc.tables.grades import GradeStatus
+from ziprc.tables.rollouts import FinishReason
 
 Row = dict[str, Any]
+PARTS = ("push", "generate", "grade", "score", "judge")  # of a rollout that are timed; the rest of it is the update
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,10 @@ def score_of(grade: Grade | None) -> float | None:
     return 0.0 if grade is None else grade.score
 
 
-def reason_of(grade: Grade | None) -> str:
-    """Why a response has its score: `right`, `cut`, the grader's failure, or its word before the first colon."""
+def reason_of(grade: Grade | None, ended: FinishReason) -> str:
+    """Why a response has its score: `right`, `cut`, `given up`, the grader's failure, or its word before the first colon."""
     if grade is None:
-        return "cut"
+        return "given up" if ended is FinishReason.ABORT else "cut"
     if grade.status != GradeStatus.GRADED:
         return str(grade.status)
     return "right" if grade.score == 1 else (grade.rationale or "wrong").partition(":")[0]

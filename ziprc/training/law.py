@@ -56,6 +56,17 @@ def unban(model: PreTrainedModel) -> None:
         head.register_parameter("bias", None)
 
 
+def in_regions(
+    model: Any, reasoning: ReasoningVocabulary, ids: Tensor, mask: Tensor, keep: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the last `keep` tokens of `ids` [B, ·], each by the law of where it stands: log-probabilities and entropies [B, T],
+    states [B, T, D], and whether it was drawn in the thinking block [B, T]. `model` has a region head."""
+    begin = [reasoning.at_end(row) for row in ids[:, :-keep].tolist()]
+    inside = torch.from_numpy(reasoning.inside(begin, ids[:, -keep:].cpu())).to(ids.device)
+    log_probs, entropies, states = model(input_ids=ids, attention_mask=mask, inside=inside)
+    return log_probs, entropies, states, inside
+
+
 def add_region_head(model: PreTrainedModel, reasoning: ReasoningVocabulary, temperature: float) -> None:
     """Let `model(input_ids, attention_mask, inside=[B, T])` score the last T tokens: (log_probs, entropies, states), [B, T(, D)].
 

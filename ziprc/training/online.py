@@ -53,15 +53,15 @@ from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import read_sealed, write_sealed
 from ziprc.tables.rollouts import FinishReason
 from ziprc.training import resume
-from ziprc.training.account import Answer, Rollout, Row, described, ratios, reason_of, score_of
+from ziprc.training.account import PARTS, Answer, Rollout, Row, described, ratios, reason_of, score_of
 from ziprc.training.durable import Durable, distinct, machine_arguments
-from ziprc.training.law import add_region_head, ban
+from ziprc.training.law import add_region_head, ban, in_regions
 from ziprc.training.micro import Sizes, by_length
+from ziprc.training.predicted import Predictor
 from ziprc.training.vocabulary import CopiesRate, Use, drift_row, put_back
 from ziprc.training.window import Controller, Seen
 
 STATE, ROWS = "online.json", "progress.jsonl"
-PARTS = ("push", "generate", "grade", "score", "judge")  # of a rollout that are timed; the rest of it is the update
 Grader = Callable[[Sequence[Item]], list[Grade]]
 
 
@@ -75,6 +75,7 @@ class Sampler:
     cap: int  # tokens of a response, at most
     context: int  # of prompt and response together
     reasoning: ReasoningVocabulary | None = None  # copies that it may use in the thinking block
+    predictor: Predictor | None = None  # which stops responses, where the window is predicted
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,12 @@ class OnlineTrainer(Durable, GRPOTrainer):
             Request(str(i), tuple(ids), seed, cap, law)
             for i, (ids, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
         ]
-        assert self.sampler.engine is not None
+        engine, predictor = self.sampler.engine, self.sampler.predictor
+        assert engine is not None
         with self.now.timed(part):
-            return self.sampler.engine.generate(requests)
+            if predictor is not None and part == "generate":  # judgements are of whole responses
+                return predictor.sample(engine, requests, self.arm.window)
+            return engine.generate(requests)
 
     def grade(self, prompts: Sequence[Row], responses: Sequence[Response], part: str) -> list[Grade | None]:
         """The verdict on every response; None for one that did not end by itself."""
@@ -221,7 +225,7 @@ class OnlineTrainer(Durable, GRPOTrainer):
             [
                 Answer(
                     row["prompt_id"], row["difficulty"], len(ids), len(response.token_ids), grade is not None, score_of(grade),
-                    reason_of(grade),
+                    reason_of(grade, response.finish_reason),
                 )
                 for row, ids, response, grade in rows
             ]
@@ -259,34 +263,25 @@ class OnlineTrainer(Durable, GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        self, model: Any, ids: Tensor, mask: Tensor, keep: int, *more: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         with self.now.timed("score") if not torch.is_grad_enabled() else contextlib.nullcontext():
             if self.sampler.reasoning is None:
-                found = super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-                )
+                found = super()._get_per_token_logps_and_entropies(model, ids, mask, keep, *more, **kwargs)
             else:
-                found = self.in_regions(self.sampler.reasoning, model, input_ids, attention_mask, logits_to_keep)
+                batches = zip(*(one.split(kwargs.get("batch_size") or len(ids)) for one in (ids, mask)), strict=True)
+                with self.accelerator.autocast():
+                    parts = [in_regions(model, self.sampler.reasoning, *batch, keep) for batch in batches]
+                log_probs, entropies, states, inside = (torch.cat(part) for part in zip(*parts, strict=True))
+                found = log_probs, entropies, None
+                if torch.is_grad_enabled():  # the pass that is learned from
+                    weight = self.accelerator.unwrap_model(model).get_output_embeddings().weight.detach()
+                    self.now.use.learn(states.detach(), entropies.detach(), inside, mask[:, -keep:].bool(), weight)
         self.scored = found[0].detach()
         return found
 
-    def in_regions(
-        self, reasoning: ReasoningVocabulary, model: Any, ids: Tensor, mask: Tensor, keep: int
-    ) -> tuple[Tensor, Tensor, None]:
-        """Log-probabilities and entropies [B, T] of the last `keep` tokens, each by the law of where it stands."""
-        begin = [reasoning.at_end(row) for row in ids[:, :-keep].tolist()]
-        inside = torch.from_numpy(reasoning.inside(begin, ids[:, -keep:].cpu())).to(ids.device)
-        with self.accelerator.autocast():
-            log_probs, entropies, states = model(input_ids=ids, attention_mask=mask, inside=inside)
-        if torch.is_grad_enabled():  # the pass that is learned from
-            weight = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-            self.now.use.learn(states.detach(), entropies.detach(), inside, mask[:, -keep:].bool(), weight.detach())
-        return log_probs, entropies, None
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
         if made and self.rate is not None and self.arm.copies_rate != 1:
             self.rate.attach(optimizer)
         return optimizer

@@ -1,9 +1,10 @@
 """The response window of on-policy training: how many tokens a response may have, and why it changes.
 
 A window saves the tokens that it cuts, so it pays where responses that will fail ramble on, and costs where right ones are
-cut. Five rules, all of which see the unshaped grade and never the shaped reward:
+cut. Six rules, all of which see the unshaped grade and never the shaped reward:
 
-* `fixed`: one window. `phased`: a schedule of windows within one run.
+* `fixed`: one window. `phased`: a schedule of windows within one run. `predicted`: the largest for all, and each response is
+  stopped when a joint head gives it no chance any more (predicted.py).
 * `adaptive`, ours: successes alone decide. It shrinks to a multiple of a high quantile of the lengths of right responses, and
   grows when many of them press against it. No success rate is aimed at, so it never grows for failure: a response that
   rambles says nothing about the length that answers need.
@@ -222,4 +223,6 @@ def _ema(before: float | None, now: float, kept: float) -> float:
     return now if before is None else kept * before + (1 - kept) * now
 
 
-RULES: dict[str, Rule] = {"fixed": fixed, "phased": fixed, "adaptive": adaptive, "legacy": legacy, "proposed": proposed}
+RULES: dict[str, Rule] = {
+    "fixed": fixed, "predicted": fixed, "phased": fixed, "adaptive": adaptive, "legacy": legacy, "proposed": proposed,
+}  # fmt: skip
