@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,13 @@ def test_the_report_marks_copies_and_says_what_is_not_shown(experiment: World) -
     for text in ("What a reasoning vocabulary was worth", "What became of the copies", "Thoughts whose copies are marked",
                  "copies at 0.00 × the rate", "put back", "<mark>"):  # fmt: skip
         assert text in page, text
+    thoughts = page[page.index("Thoughts whose copies are marked") :]
+    assert thoughts.count("<mark>") == thoughts.count("</mark>") > 10
+    assert any(not line.endswith("</mark>") for line in re.findall(r"text-align:left\">([^\n]+)</td>", thoughts))
     own, tokenizer = known(experiment, "online-warm"), load_tokenizer(experiment.layout.checkpoint("online-warm"))
     assert stretches([40, own.start + 41, own.start + 42, 43], own, tokenizer) == [
-        {"copy": False, "text": tokenizer.decode([40])}, {"copy": True, "text": tokenizer.decode([41, 42])},
-        {"copy": False, "text": tokenizer.decode([43])},
+        {"is_copy": False, "text": tokenizer.decode([40])}, {"is_copy": True, "text": tokenizer.decode([41, 42])},
+        {"is_copy": False, "text": tokenizer.decode([43])},
     ]  # fmt: skip
 
 

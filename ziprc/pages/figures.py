@@ -31,7 +31,7 @@ VIOLET, ORANGE, GREEN, GREY = "#8f6fd6", "#d9822b", "#3a9d6a", "#8a8f98"
 COLOURS = {"ziprc": ACCENT, "lite": VIOLET, "probe": ORANGE, "logprob": GREEN, "length": "#c0567f", "constant": GREY}
 SIBLINGS = {"critic": ACCENT, "trie": ORANGE, "lookup": GREEN, "mean": GREY}
 POLICIES = {PLUS: ACCENT, PUBLISHED: VIOLET, "majority": ORANGE}  # the families that have a colour
-ARMS = (ACCENT, ORANGE, GREEN, VIOLET, "#c0567f", GREY)  # of on-policy training, in their order
+ARMS = (ACCENT, ORANGE, GREEN, VIOLET, "#c0567f", GREY, "#8c6d31", "#2a9d9d")  # of on-policy training, in their order
 RIVAL = GREY  # all others
 ENVELOPE = "#c0567f"  # the best of the competitors at each budget
 NEAR_EDGE = 0.9  # of the longest line: those that end before have no name beside them
@@ -132,10 +132,17 @@ def over_siblings(metric: str, title: str, curve: Mapping[str, Any], moment: str
 
 
 @matplotlib.rc_context(STYLE)
-def over_training(title: str, across: str, lines: Mapping[str, tuple[Sequence[float], Sequence[Any]]]) -> Markup:
-    """One line per arm: what it is drawn over, and numbers (a step a rollout) or intervals (a dot a judgement)."""
+def over_training(
+    title: str, across: str, lines: Mapping[str, tuple[Sequence[float], Sequence[Any]]], arms: Sequence[str] = ()
+) -> Markup:
+    """One line per arm: what it is drawn over, and numbers (a step a rollout) or intervals (a dot a judgement).
+
+    `arms` are all there are, where some figures show a part of them: each keeps its colour.
+    """
+    colours = dict(zip(arms or lines, itertools.cycle(ARMS), strict=False))
     axes = Figure(figsize=(4.4, 2.9)).add_subplot()
-    for (name, (x, y)), colour in zip(lines.items(), itertools.cycle(ARMS), strict=False):
+    for name, (x, y) in lines.items():
+        colour = colours[name]
         if y and isinstance(y[0], Mapping):
             axes.errorbar(
                 x, [r["value"] for r in y], yerr=_bars(y), label=name, color=colour, marker="o", markersize=3,

@@ -17,7 +17,7 @@ from ziprc.store.files import read_json
 from ziprc.store.layout import Layout
 from ziprc.systems.reasoning_vocabulary import with_copies
 from ziprc.tables.prompts import PROMPTS
-from ziprc.tables.rollouts import ROLLOUTS
+from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
 QUESTION = "If a model may think in a second copy of its vocabulary, does the copy come to mean anything?"
 DRAWN = {
@@ -52,12 +52,12 @@ def drawings(arms: Mapping[str, Record]) -> list[Any]:
     found = []
     if judged:
         lines = {n: ([p["rollout"] for p in of], [p["held_out"] for p in of]) for n, of in judged.items()}
-        found.append(figures.over_training("Accuracy on validation prompts", "rollout", lines))
+        found.append(figures.over_training("Accuracy on validation prompts", "rollout", lines, list(arms)))
     for key, title in DRAWN.items():
         series = {n: of["series"][key] for n, of in arms.items() if "copies" in of}
         if series:
             across = {n: (list(range(1, len(y) + 1)), y) for n, y in series.items()}
-            found.append(figures.over_training(title, "rollout", across))
+            found.append(figures.over_training(title, "rollout", across, list(arms)))
     return found
 
 
@@ -70,7 +70,8 @@ def marked(config: Config, reads: Mapping[str, Path]) -> list[Record]:
         assert reasoning is not None, f"{name} has copies"
         for row in ROLLOUTS.read(reads[f"rollouts/test-{name}"]).to_pylist():
             if row["sample_index"] == 0 and row["prompt_id"] in answers:
-                ids = row["response_token_ids"][:SHOWN_TOKENS]
+                ended = row["finish_reason"] == FinishReason.STOP.value  # its last token is the end
+                ids = (row["response_token_ids"][:-1] if ended else row["response_token_ids"])[:SHOWN_TOKENS]
                 answers[row["prompt_id"]][short(name)] = stretches(ids, reasoning, tokenizer)
     return [{"question": row["messages"][-1]["content"], "answers": answers[row["prompt_id"]]} for row in prompts]
 
@@ -78,7 +79,7 @@ def marked(config: Config, reads: Mapping[str, Path]) -> list[Record]:
 def stretches(ids: list[int], reasoning: ReasoningVocabulary, tokenizer: Any) -> list[Record]:
     """Runs of tokens that are copies or are not, as text."""
     runs = itertools.groupby(ids, key=lambda i: bool(reasoning.is_copy(i)))
-    return [{"copy": copy, "text": tokenizer.decode(list(run))} for copy, run in runs]
+    return [{"is_copy": copy, "text": tokenizer.decode(list(run))} for copy, run in runs]
 
 
 def findings(arms: Mapping[str, Record], plain: str | None) -> Iterator[str]:
