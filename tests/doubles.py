@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ziprc.chat import CHATML_TEMPLATE, prompt_token_ids
-from ziprc.config.load import Config
+from ziprc.config.load import Config, load_yaml
 from ziprc.engines.base import Request, Step, check_request
 from ziprc.joint.bins import BinGrid
 from ziprc.joint.checkpoint import save_checkpoint
@@ -70,6 +70,9 @@ class World:
         return Context(graph_of(self.config, self.layout), Ref(stage, name))
 
 
+# The experiments of the package; another seed makes no other plan.
+OVERLAYS = load_yaml(Path(__file__).parents[1] / "config.yaml")["experiments"]
+PLANNED = [name for name, own in OVERLAYS.items() if set(own or {}) != {"extends", "seed"}]
 TABLES = {t.name: t for t in (BASELINES, GRADES, INTROSPECTION, PROMPTS, ROLLOUTS, SAMPLES, VALUES)}
 TIGHT_BLOCKS = 40  # of 32 tokens
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles import PLANNED
 from ziprc.cli import parser
-from ziprc.config.load import experiments, load
+from ziprc.config.load import load
 from ziprc.errors import UserError
 from ziprc.workflow.launch import root_of
 from ziprc.workflow.targets import Wanted, look_up
@@ -44,7 +45,7 @@ def test_what_nobody_makes_is_refused_with_what_was_meant(arguments: list[str], 
         wanted(*arguments)
 
 
-@pytest.mark.parametrize("experiment", experiments(CONFIG))
+@pytest.mark.parametrize("experiment", PLANNED)
 def test_every_file_of_an_experiment_and_its_variants_can_be_asked_for(experiment: str) -> None:
     home = f"results/{experiment}"
     files = ["report.html", "grades/test.parquet", "grades/test.manifest.json", "checkpoints/base/ziprc.json"]

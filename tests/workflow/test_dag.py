@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles import PLANNED
 from tests.workflow.conftest import MICRO, ROOT, Workplace, environment
 from ziprc.cli import parser
 from ziprc.config import load as settings
@@ -25,11 +26,6 @@ from ziprc.workflow.launch import stage_command
 from ziprc.workflow.snakefile import stage_table
 
 CONFIG = ROOT / "config.yaml"
-
-
-OVERLAYS = settings.load_yaml(CONFIG)["experiments"]
-# Another seed makes no other plan.
-PLANNED = [name for name, own in OVERLAYS.items() if set(own) != {"extends", "seed"}]
 
 
 @pytest.fixture(params=PLANNED)
