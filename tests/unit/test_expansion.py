@@ -71,6 +71,22 @@ def test_a_copy_is_written_as_its_source_by_every_reader(tmp_path: Path) -> None
     assert marked.decode(made[0].tolist()).startswith(WORDS)
 
 
+def test_the_tokenizer_of_a_model_family_keeps_the_mark_out_of_texts_too(tmp_path: Path) -> None:
+    """Its own class would make the decoder anew, without what takes marks away."""
+    tiny_tokenizer().save_pretrained(tmp_path / "qwen")
+    config = tmp_path / "qwen" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen")
+    assert type(tokenizer).__name__.startswith("Qwen2")
+    reasoning, marked = add_copies(tiny_model(tokenizer), tokenizer, Expansion(), [], 0)
+    marked.save_pretrained(tmp_path / "again")
+    for again in (AutoTokenizer.from_pretrained(tmp_path / "again"), load_tokenizer(tmp_path / "again")):
+        assert again.decode([reasoning.start + 40, 41]) == tokenizer.decode([40, 41])
+        assert again.encode(WORDS) == tokenizer.encode(WORDS)
+        for name in ("eos_token_id", "pad_token_id", "chat_template", "model_max_length", "all_special_ids"):
+            assert getattr(again, name) == getattr(tokenizer, name), name
+
+
 def test_special_tokens_tags_and_turns_have_no_copies(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     apart = set(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]))
@@ -86,10 +102,10 @@ def test_noise_moves_copies_apart_from_their_sources_by_the_seed(tmp_path: Path)
     for seed in (0, 0, 1):
         model = tiny_model(tiny_tokenizer())
         reasoning, _ = add_copies(model, tiny_tokenizer(), Expansion(init_noise=0.5), [], seed)
-        weight = model.get_output_embeddings().weight
+        weight = model.get_output_embeddings().weight.detach()
         rows.append(weight[reasoning.rows] - weight[torch.from_numpy(reasoning.of_row)])
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-    assert float(rows[0].detach().std() / weight[: reasoning.start].std()) == pytest.approx(0.5, abs=0.05)
+    assert float(rows[0].std() / weight[: reasoning.start].std()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_copies_and_a_joint_head_share_a_checkpoint(tmp_path: Path) -> None:

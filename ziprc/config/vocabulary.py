@@ -65,9 +65,7 @@ class WarmUps(Section):
     """Policies that have learned to use copies before they are rewarded."""
 
     models: dict[Name, WarmUp] = Field({}, description="by name; its checkpoint is warmed-<name>")
-    defaults: dict[str, Any] | None = Field(
-        None, exclude=True, description="settings that lie beneath those of every model"
-    )
+    defaults: WarmUp | None = Field(None, exclude=True, description="settings that lie beneath those of every model")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +73,7 @@ class WarmUps(Section):
         return laid_beneath(given, "models", WarmUp)
 
 
-class ReasoningVocabulary(Section):
+class ReasoningSections(Section):
     """The sections of the system."""
 
     expand: Expand = Expand()

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ziprc.chat import THINK_END, THINK_START, prompt_token_ids
 from ziprc.config.vocabulary import Expansion
@@ -98,15 +98,12 @@ def add_copies(
     source = torch.from_numpy(reasoning.of_row)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for matrix in {
-            id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())
-        }.values():
-            noise = (
-                torch.randn(reasoning.size, matrix.shape[1], generator=generator)
-                * own.init_noise
-                * matrix[source].std()
-            )
-            matrix[reasoning.rows] = matrix[source] + (noise.to(matrix.dtype) if own.init_noise else 0)
+        matrices = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for matrix in {id(one): one for one in matrices}.values():
+            matrix[reasoning.rows] = matrix[source]
+            if own.init_noise:
+                noise = torch.randn(reasoning.size, matrix.shape[1], generator=generator)
+                matrix[reasoning.rows] += (noise * own.init_noise * matrix[source].std()).to(matrix.dtype)
     model.config.ziprc = {**(getattr(config, "ziprc", None) or {}), "reasoning": reasoning.to_dict()}
     return reasoning, marked_tokenizer(tokenizer, reasoning)
 
@@ -131,20 +128,13 @@ def marked_tokenizer(tokenizer: PreTrainedTokenizerBase, reasoning: ReasoningVoc
         vocab[mark * times + texts[source]] = reasoning.start + number
     unmark = {"type": "Replace", "pattern": {"String": mark}, "content": ""}
     core["decoder"] = {"type": "Sequence", "decoders": [unmark, *([core["decoder"]] if core["decoder"] else [])]}
-    kept = {**tokenizer.init_kwargs, "tokenizer_object": Tokenizer.from_str(json.dumps(core))}
-    for name in (
-        "tokenizer_file",
-        "vocab_file",
-        "merges_file",
-        "vocab",
-        "merges",
-        "name_or_path",
-        "backend",
-        "is_local",
-    ):
-        kept.pop(name, None)
-    found = type(tokenizer)(**kept)
-    found.chat_template = tokenizer.chat_template
+    # The general class takes the file as it is; those of model families rebuild it, with a decoder that knows no marks.
+    known = ("eos_token", "pad_token", "bos_token", "unk_token", "additional_special_tokens", "model_max_length")
+    kept = {name: getattr(tokenizer, name) for name in known if getattr(tokenizer, name, None) is not None}
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(core)), chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False, **kept,
+    )  # fmt: skip
     now = found.get_vocab()
     assert all(now[text] == i for text, i in tokenizer.get_vocab().items()), "a token has another id than it had"
     assert len(now) == len(tokenizer.get_vocab()) + reasoning.size, "two copies have one text"
@@ -163,16 +153,13 @@ def widen(model: PreTrainedModel, parameters: int) -> int:
     for mlp in layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
             old = getattr(mlp, name).weight
-            new = torch.zeros(
-                *((units + added, hidden) if name != "down_proj" else (hidden, units + added)), dtype=old.dtype
-            )
-            if name == "down_proj":
+            down = name == "down_proj"
+            new = torch.zeros((hidden, units + added) if down else (units + added, hidden), dtype=old.dtype)
+            if down:
                 new[:, :units] = old.detach()
             else:
                 new[:units] = old.detach()
-                new[units:] = old.detach()[
-                    torch.arange(added) % units
-                ]  # not 0 as well, or no gradient would ever reach them
+                new[units:] = old.detach()[torch.arange(added) % units]  # of 0 as well no gradient would ever come
             wider = nn.Linear(new.shape[1], new.shape[0], bias=False)
             wider.weight = nn.Parameter(new)
             setattr(mlp, name, wider)
