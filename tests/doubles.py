@@ -111,6 +111,22 @@ def tiny_checkpoint(folder: Path, joint: bool = True, seed: int = 0, grid: BinGr
     return folder
 
 
+def servable_checkpoint(folder: Path, joint: bool = False) -> Path:
+    """A random model with its tokenizer, whose heads vLLM can run on a CPU; the same weights every time."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=ROWS, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    head = JointHead(derive_layout(tokenizer, ROWS, GRID.size, model.generation_config), GRID) if joint else None
+    save_checkpoint(folder, model, tokenizer, {"params": {}, "parents": {}}, head)
+    return folder
+
+
 def even(inputs: int) -> Logistic:
     """P(right) = 0.3, whatever it sees."""
     return Logistic((0.0,) * inputs, (1.0,) * inputs, (0.0,) * (inputs + inputs * (inputs + 1) // 2), -0.85)

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-from tests.doubles import tiny_tokenizer
+from tests.doubles import servable_checkpoint, tiny_tokenizer
 from ziprc.config.base import Runtime, Sampling
 from ziprc.config.online import Arm, TrainOnline, Window
 from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, unknown_rows
-from ziprc.joint.checkpoint import load_model, save_checkpoint
+from ziprc.joint.checkpoint import load_model
 from ziprc.rewards.base import Grade, Item, graded
 from ziprc.training.durable import train_to_the_end
 from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
@@ -24,7 +23,7 @@ from ziprc.training.window import Controller
 
 pytest.importorskip("vllm")
 
-CAP, ROWS = 24, 320
+CAP = 24
 STOPS = tuple(range(0, 260, 8))
 WINDOW = Window(rule="adaptive", smallest=4, quantum=4, least=4)
 ARM = Arm(learning_rate=1e-2, rollouts=4, prompts=4, samples=4, warmup=0, updates=2, window=WINDOW)
@@ -41,18 +40,7 @@ def short(items: list[Item]) -> list[Grade]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose heads vLLM can run on a CPU."""
-    tokenizer, folder = tiny_tokenizer(), tmp_path_factory.mktemp("base") / "model"
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=ROWS, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    save_checkpoint(folder, model, tokenizer, {"params": {}, "parents": {}})
-    return folder
+    return servable_checkpoint(tmp_path_factory.mktemp("base") / "model")
 
 
 def run(base: Path, folder: Path, kind: str) -> tuple[list[dict[str, Any]], list[list[int]], dict[str, torch.Tensor]]:

@@ -118,21 +118,6 @@ def test_a_half_thought_in_a_prompt_goes_on_as_a_thought(engines: dict[str, Any]
     assert own.is_copy([one[0] for one in said["hf"]]).any() and np.isfinite(said["hf"]).all()
 
 
-def test_a_preempted_thought_goes_on_where_it_was(settings: EngineSettings, own: ReasoningVocabulary) -> None:
-    from ziprc.engines.vllm import VLLMEngine
-
-    asked = requests(own, 24, 120)
-    with contextlib.closing(HFEngine(settings)) as engine:
-        calm = engine.generate(asked)
-    with contextlib.closing(tight(VLLMEngine)(settings)) as engine:
-        scheduler, count = engine.llm.llm_engine.engine_core.engine_core.scheduler, []
-        plain = scheduler._preempt_request
-        scheduler._preempt_request = lambda *a, **k: (count.append(1), plain(*a, **k))[1]
-        pressed = engine.generate(asked)
-    assert count, "nothing was preempted"
-    assert [one.token_ids for one in pressed] == [one.token_ids for one in calm]
-
-
 def scored(folder: Path, reasoning: ReasoningVocabulary, ids: torch.Tensor, keep: int, temperature: float) -> Any:
     """What the trainer says of the last `keep` tokens."""
     model = load_model(folder)
@@ -249,3 +234,19 @@ def test_what_is_read_beside_copies_has_no_holes(settings: EngineSettings, own: 
     np.testing.assert_allclose(found.log_prob, law.log_prob(torch.tensor([40, 40])), atol=1e-5)
     probabilities = logits.softmax(-1)
     np.testing.assert_allclose(found.entropy, torch.special.entr(probabilities).sum(-1), rtol=1e-5)
+
+
+def test_a_preempted_thought_goes_on_where_it_was(settings: EngineSettings, own: ReasoningVocabulary) -> None:
+    """The last test: another engine of vLLM takes what the first stands on with it when it is closed."""
+    from ziprc.engines.vllm import VLLMEngine
+
+    asked = requests(own, 24, 120)
+    with contextlib.closing(HFEngine(settings)) as engine:
+        calm = engine.generate(asked)
+    with contextlib.closing(tight(VLLMEngine)(settings)) as engine:
+        scheduler, count = engine.llm.llm_engine.engine_core.engine_core.scheduler, []
+        plain = scheduler._preempt_request
+        scheduler._preempt_request = lambda *a, **k: (count.append(1), plain(*a, **k))[1]
+        pressed = engine.generate(asked)
+    assert count, "nothing was preempted"
+    assert [one.token_ids for one in pressed] == [one.token_ids for one in calm]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.doubles import GRID, World, tiny_checkpoint, tiny_tables
+from tests.doubles import GRID, World, servable_checkpoint, tiny_checkpoint, tiny_tables
 from tests.unit.test_online import one_thread  # noqa: F401, a fixture that every test here uses
 from ziprc.config.base import Sampling
 from ziprc.config.load import Config
@@ -87,25 +87,11 @@ def test_a_watched_response_is_the_same_until_it_is_given_up(settings: EngineSet
 
 def test_vllm_gives_up_where_the_reference_does(settings: EngineSettings, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
-    from tests.doubles import tiny_tokenizer
     from ziprc.engines.vllm import VLLMEngine
-    from ziprc.joint.checkpoint import save_checkpoint
-    from ziprc.joint.head import JointHead
-    from ziprc.joint.vocabulary import derive_layout
 
-    tokenizer = tiny_tokenizer()
-    config = Qwen3Config(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
-        initializer_range=0.2, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    head = JointHead(derive_layout(tokenizer, 320, GRID.size, model.generation_config), GRID)
-    save_checkpoint(tmp_path / "model", model, tokenizer, {"params": {}, "parents": {}}, head)
-    own = replace(settings, model=tmp_path / "model", joint=head)
+    folder = servable_checkpoint(tmp_path / "model", joint=True)
+    own = replace(settings, model=folder, joint=read_joint_head(folder))
     found = []
     for kind in (HFEngine, VLLMEngine):
         with contextlib.closing(kind(own)) as engine:
