@@ -233,5 +233,5 @@ def test_a_base_that_is_never_right_cannot_be_warmed_up(experiment: World, tmp_p
     tiny_checkpoint(other.layout.checkpoint("base"), joint=False)
     for split, prompts in (("train", 12), ("validation", 4), ("test", 6)):
         tiny_tables(other.layout, split, prompts=prompts, samples=2, unfinished=1.0 if split == "train" else 0.05)
-    with pytest.raises(UserError, match="no right response with a thought"):
+    with pytest.raises(UserError, match=r"no response with a thought and a score of 0\.5 or more"):
         warm_up.run(other.context("warm_up", "warmed-control"))

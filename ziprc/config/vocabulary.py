@@ -56,6 +56,7 @@ class WarmUp(Optimisation):
         None,
         description="what it starts from, by its name in expand.models; null: the base, whose thoughts are not rewritten",
     )
+    least: Unit = Field(0.5, description="least score of a response that is learned from")
     share: Unit = Field(1.0, description="chance that a token of a thought that has a copy becomes one")
     tokens: Annotated[int, Field(ge=1)] = Field(100_000, description="tokens that are learned from")
     batch_tokens: int = Field(2048, ge=1, description="tokens per optimizer step over all processes, at least")

@@ -16,7 +16,6 @@ from ziprc.joint.checkpoint import load_model
 from ziprc.joint.head import read_manifest
 from ziprc.joint.reasoning import read_reasoning
 from ziprc.joint.tokenizer import load_tokenizer
-from ziprc.rewards.base import RIGHT
 from ziprc.stages.context import Context, run_stage
 from ziprc.store.digests import derived_seed
 from ziprc.store.manifest import manifest_digests
@@ -36,7 +35,7 @@ def run(context: Context) -> str:
     start, seed = sources["base"], derived_seed(context.config.seed, "warm_up", context.name)
     reasoning = read_reasoning(start) if own.model else None
     rollouts, grades = ROLLOUTS.read(sources["rollouts"]), GRADES.read(sources["grades"])
-    right = grades.filter(pc.greater_equal(pc.fill_null(grades["score"], 0.0), RIGHT))["rollout_id"]
+    right = grades.filter(pc.fill_null(pc.greater_equal(grades["score"], own.least), False))["rollout_id"]
     rows = rollouts.filter(pc.and_(rollouts["thinking"], pc.is_in(rollouts["rollout_id"], right.combine_chunks())))
     rng, texts = np.random.default_rng(seed), []
     for row in rows.select(["rollout_id", "prompt_token_ids", "response_token_ids"]).to_pylist():
@@ -47,8 +46,8 @@ def run(context: Context) -> str:
         texts.append((row["rollout_id"], [*prompt, *response], len(prompt)))
     if not texts:
         raise UserError(
-            f"{sources['grades']} has no right response with a thought to learn from. Give the base an easier task, or more "
-            "samples (rollouts.thinking_samples)."
+            f"{sources['grades']} has no response with a thought and a score of {own.least:g} or more to learn from. Give the "
+            "base an easier task, or more samples (rollouts.thinking_samples)."
         )
     data = text_data(texts)
     order = order_by_tokens(data.lengths, own.batch_tokens, own.tokens, world_size(), seed)
