@@ -289,7 +289,7 @@ def kill_main(bench: Bench, rng: random.Random) -> None:
 def terminate(bench: Bench, rng: random.Random) -> None:
     """SIGTERM to every process, as a scheduler does that preempts; training saves its state and goes on from it."""
     seconds = bench.timed()
-    trains = not bench.target.suffix
+    trains = not bench.target.suffix and bench.stage != "expand"  # a checkpoint that is made in one go
     states = bench.target.parent / f".{bench.target.name}.training"
     for _ in range(TRIES):
         running = bench.start()

@@ -26,16 +26,20 @@ class Start:
         return self.expansion is not None and self.expansion.adds == "copies"
 
 
-def starts(config: Config) -> dict[str, Start]:
-    """`base`, `expanded-<model>`, `warmed-<model>`, and the joint heads, of which `lite` answers as the base does."""
-    given = config.expand.models
-    found = {"base": Start(BASE)}
-    heads = ("ziprc", *(("lite",) if config.train_joint.lite else ()))
-    found |= {name: Start(Ref("train_joint", name), has_head=True) for name in heads}
-    found |= {f"expanded-{name}": Start(Ref("expand", f"expanded-{name}"), own) for name, own in given.items()}
+def given(config: Config) -> dict[str, Start]:
+    """`expanded-<model>` and `warmed-<model>`."""
+    models = config.expand.models
+    found = {f"expanded-{name}": Start(Ref("expand", f"expanded-{name}"), own) for name, own in models.items()}
     for name, own in config.warm_up.models.items():
-        found[f"warmed-{name}"] = Start(Ref("warm_up", f"warmed-{name}"), given.get(own.model or ""))
+        found[f"warmed-{name}"] = Start(Ref("warm_up", f"warmed-{name}"), models.get(own.model or ""))
     return found
+
+
+def starts(config: Config) -> dict[str, Start]:
+    """`base`, the joint heads, of which `lite` answers as the base does, and what the base was `given` more."""
+    heads = ("ziprc", *(("lite",) if config.train_joint.lite else ()))
+    found = {"base": Start(BASE)} | {name: Start(Ref("train_joint", name), has_head=True) for name in heads}
+    return found | given(config)
 
 
 @dataclass(frozen=True)

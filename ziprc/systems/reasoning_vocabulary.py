@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ziprc.config.load import Config
 from ziprc.errors import UserError, nearest
 from ziprc.plan.stage import CHECKPOINT, Ref, Stage, System
-from ziprc.systems.online import arms, trained
+from ziprc.systems.online import given, trained
 from ziprc.systems.shared import BASE, RolloutsOf, table, tested
 
 TRAIN = {"rollouts": Ref("rollouts", "train"), "grades": Ref("grades", "train")}
@@ -30,16 +30,16 @@ class ModelOf:
 
 def expanded(config: Config) -> dict[str, ModelOf]:
     """`expanded-<model>` each."""
-    given = config.expand.models
-    copied = {name: given.get(own.as_many_as or name, own) for name, own in given.items()}
-    return {f"expanded-{name}": ModelOf(name, BASE, copied[name].subset == "frequent") for name in given}
+    models = config.expand.models
+    copied = {name: models.get(own.as_many_as or name, own) for name, own in models.items()}
+    return {f"expanded-{name}": ModelOf(name, BASE, copied[name].subset == "frequent") for name in models}
 
 
 def warmed(config: Config) -> dict[str, ModelOf]:
     """`warmed-<model>` each."""
-    given = config.warm_up.models
-    start = {name: Ref("expand", f"expanded-{own.model}") if own.model else BASE for name, own in given.items()}
-    return {f"warmed-{name}": ModelOf(name, start[name]) for name in given}
+    models = config.warm_up.models
+    start = {name: Ref("expand", f"expanded-{own.model}") if own.model else BASE for name, own in models.items()}
+    return {f"warmed-{name}": ModelOf(name, start[name]) for name in models}
 
 
 def expand_params(config: Config, of: ModelOf) -> list[str]:
@@ -51,12 +51,12 @@ def expand_params(config: Config, of: ModelOf) -> list[str]:
 
 def check_models(config: Config) -> None:
     """UserError for models that are made from others which are not there, or are of another kind."""
-    given = config.expand.models
-    named = {f"expand.models.{name}.as_many_as": own.as_many_as for name, own in given.items() if own.as_many_as}
+    models = config.expand.models
+    named = {f"expand.models.{name}.as_many_as": own.as_many_as for name, own in models.items() if own.as_many_as}
     named |= {f"warm_up.models.{name}.model": own.model for name, own in config.warm_up.models.items() if own.model}
     for key, name in named.items():
-        if name not in given or given[name].adds != "copies":
-            known = [one for one, own in given.items() if own.adds == "copies"]
+        if name not in models or models[name].adds != "copies":
+            known = [one for one, own in models.items() if own.adds == "copies"]
             raise UserError(
                 f"{key} is '{name}', which is no model of expand.models that adds copies{nearest(name, known)}. There are: "
                 f"{', '.join(known) or 'none'}."
@@ -65,7 +65,12 @@ def check_models(config: Config) -> None:
 
 def with_copies(config: Config) -> list[str]:
     """The trained policies that have copies."""
-    return [name for name, of in arms(config).items() if of.start.has_copies]
+    known = given(config)
+    return [
+        f"online-{n}"
+        for n, arm in config.train_online.arms.items()
+        if arm.start in known and known[arm.start].has_copies
+    ]
 
 
 def rollouts(config: Config) -> dict[str, RolloutsOf]:
@@ -88,7 +93,7 @@ def evaluated(config: Config) -> dict[str, Ref]:
 
 
 def evaluate_params(config: Config) -> list[str]:
-    own = [f"evaluate.{key}" for key in ("bootstrap", "confidence")]
+    own = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "targets")]
     said = [f"train_online.arms.{name}.{key}" for name in config.train_online.arms for key in ("start", "copies_rate")]
     made = [f"expand.models.{name}.adds" for name in config.expand.models]
     return [*own, *said, *made, *(f"warm_up.models.{name}.model" for name in config.warm_up.models)]
