@@ -102,9 +102,19 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, tied: bool = T
     return model
 
 
-def tiny_checkpoint(folder: Path, joint: bool = True, seed: int = 0, grid: BinGrid = GRID, tied: bool = True) -> Path:
-    """A complete checkpoint folder, with or without a joint head; equal seeds give equal weights."""
+def thinking_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, whose prompts end in an open thinking block: a random model would hardly ever open one."""
     tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    assert "<think>\n' }}" in tokenizer.chat_template
+    return tokenizer
+
+
+def tiny_checkpoint(
+    folder: Path, joint: bool = True, seed: int = 0, grid: BinGrid = GRID, tied: bool = True, thinking: bool = False
+) -> Path:
+    """A complete checkpoint folder, with or without a joint head; equal seeds give equal weights."""
+    tokenizer = thinking_tokenizer() if thinking else tiny_tokenizer()
     model = tiny_model(tokenizer, seed, tied)
     head = JointHead(derive_layout(tokenizer, ROWS, grid.size, model.generation_config), grid) if joint else None
     save_checkpoint(folder, model, tokenizer, {"params": {"seed": seed}, "parents": {}}, head)

@@ -56,7 +56,7 @@ COPIED = ("online-frozen", "online-warm")
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(Config.model_validate(SETTINGS), Layout(tmp_path_factory.mktemp("vocabulary"), "tiny"))
-    tiny_checkpoint(world.layout.checkpoint("base"), joint=False)
+    tiny_checkpoint(world.layout.checkpoint("base"), joint=False, thinking=True)
     for split, prompts in (("train", 12), ("validation", 4), ("test", 6)):
         tiny_tables(world.layout, split, prompts=prompts, samples=4)
     for name in ("copies", "few", "units"):
@@ -139,7 +139,7 @@ def test_every_policy_with_copies_is_tested_four_ways(experiment: World) -> None
             assert max(len(row["response_token_ids"]) for row in (kept, swapped)) <= 24
             assert (kept["seed"], kept["prompt_id"]) == (swapped["seed"], swapped["prompt_id"])
             halves += half > 0
-        assert halves or name == "online-frozen"  # a random model hardly ever opens the block
+        assert halves > 10
     assert not {f"test-{name}-kept" for name in ("online-plain", "online-wide")} & set(tables_of(experiment.config))
 
 
@@ -185,7 +185,10 @@ def test_the_report_marks_copies_and_says_what_is_not_shown(experiment: World) -
         assert text in page, text
     thoughts = page[page.index("Thoughts whose copies are marked") :]
     assert thoughts.count("<mark>") == thoughts.count("</mark>") > 10
-    assert any(not line.endswith("</mark>") for line in re.findall(r"text-align:left\">([^\n]+)</td>", thoughts))
+    cells = re.findall(r'text-align:left">(.*?)</td>', thoughts, re.S)
+    assert any(
+        re.sub(r"<mark>.*?</mark>", "", cell, flags=re.S).strip() for cell in cells
+    )  # what is no copy has no mark
     own, tokenizer = known(experiment, "online-warm"), load_tokenizer(experiment.layout.checkpoint("online-warm"))
     assert stretches([40, own.start + 41, own.start + 42, 43], own, tokenizer) == [
         {"is_copy": False, "text": tokenizer.decode([40])}, {"is_copy": True, "text": tokenizer.decode([41, 42])},

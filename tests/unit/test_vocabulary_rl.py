@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.doubles import tiny_model, tiny_tokenizer
+from tests.doubles import thinking_tokenizer, tiny_model, tiny_tokenizer
 from tests.unit.test_online import EASY, Run, one_thread  # noqa: F401, a fixture that every test here uses
 from ziprc.config.base import Runtime
 from ziprc.config.online import Arm
@@ -31,9 +31,7 @@ from ziprc.training.vocabulary import QUARTERS, CopiesRate, Use, drift, put_back
 
 def thinking_base(folder: Path, own: Expansion | None = None) -> Path:
     """A checkpoint with copies, whose template opens the block."""
-    tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n' }}", "assistant\n<think>\n' }}")
-    assert "<think>\n' }}" in tokenizer.chat_template
+    tokenizer, model = thinking_tokenizer(), tiny_model(tiny_tokenizer())
     _, marked = add_copies(model, tokenizer, own or Expansion(), [], 0)
     save_checkpoint(folder / "base", model, marked, {"params": {}, "parents": {}})
     return folder
