@@ -150,7 +150,9 @@ def windows(options: argparse.Namespace) -> str:
     from ziprc.evaluation.rl.laws import table
 
     (config,) = look_up(options).configs.values()
-    arms = {name: arm.window for name, arm in config.train_online.arms.items()}
+    # A predicted window follows no law of lengths.
+    own = {name: arm.window for name, arm in config.train_online.arms.items()}
+    arms = {name: window for name, window in own.items() if window.rule != "predicted"}
     if not arms:
         raise UserError(
             f"{options.experiment} trains no arm on-policy (train_online.arms). Try --experiment toy-countdown."
