@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ziprc.config.base import LearningRate, Name, Optimisation, Section, Unit, laid_beneath
+from ziprc.config.base import LearningRate, Name, Optimisation, Section, Unit
 
 
 class Expansion(Section):
@@ -66,12 +66,6 @@ class WarmUps(Section):
     """Policies that have learned to use copies before they are rewarded."""
 
     models: dict[Name, WarmUp] = Field({}, description="by name; its checkpoint is warmed-<name>")
-    defaults: WarmUp | None = Field(None, exclude=True, description="settings that lie beneath those of every model")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lay_defaults_beneath(cls, given: Any) -> Any:
-        return laid_beneath(given, "models", WarmUp)
 
 
 class ReasoningSections(Section):

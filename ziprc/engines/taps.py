@@ -53,6 +53,7 @@ class Region:
         self.inside: torch.Tensor | None = None
 
     def apply(self, places: Sequence[Place], logits: torch.Tensor, texts: Sequence[Text]) -> None:
+        """As `LogitsTap.apply`: rows in the block get its bias, the others no copies."""
         known = {}
         for (request, position), text in zip(places, texts, strict=True):
             read, state = self.known.get(request, (0, text.begin))

@@ -26,9 +26,7 @@ from ziprc.errors import UserError
 from ziprc.joint.vocabulary import IdRange, Vocabulary, derive_layout
 from ziprc.store.files import read_json
 
-NEVER = (
-    -1e4
-)  # logit of a banned row where a gradient is wanted: its probability is exactly 0, and 0 times it is a number
+NEVER = -1e4  # logit of a banned row in training: its probability is exactly 0, and 0 times it is a number
 BEFORE, INSIDE, AFTER = 0, 1, 2  # of the thinking block; there is one, and what comes after it never enters it again
 
 
@@ -155,8 +153,5 @@ def as_ranges(ids: Iterable[int]) -> tuple[IdRange, ...]:
     ordered = np.unique(np.fromiter(ids, dtype=np.int64))
     breaks = np.flatnonzero(np.diff(ordered) > 1)
     firsts, lasts = np.append(0, breaks + 1), np.append(breaks, len(ordered) - 1)
-    return (
-        tuple((int(ordered[a]), int(ordered[b]) + 1) for a, b in zip(firsts, lasts, strict=True))
-        if len(ordered)
-        else ()
-    )
+    ends = zip(firsts, lasts, strict=True) if len(ordered) else ()
+    return tuple((int(ordered[a]), int(ordered[b]) + 1) for a, b in ends)

@@ -37,6 +37,7 @@ from ziprc.tables.pieces import cut
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS, FinishReason
 
+Key = tuple[str, bool, int]  # prompt, thinking, number of the sample
 BYTES_PER_TOKEN = 6  # of id and text, compressed, in the pieces and in the merged table
 
 
@@ -49,20 +50,15 @@ def wanted_of(prompt: dict[str, Any], of: RolloutsOf, tokenizer: Any, seed: int)
             yield Wanted(prompt["prompt_id"], thinking, index, own_seed, ids)
 
 
-def begun(
-    table: pa.Table, reasoning: ReasoningVocabulary, swapped: bool
-) -> dict[tuple[str, bool, int], tuple[int, ...]]:
-    """By (prompt, thinking, index): the response up to half of its thought, with its copies or with their sources."""
+def begun(table: pa.Table, reasoning: ReasoningVocabulary, swapped: bool) -> dict[Key, tuple[int, ...]]:
+    """The responses of a table up to half of their thoughts, with their copies or with the sources of these."""
     found = {}
-    for row in table.select(
-        ["prompt_id", "thinking", "sample_index", "prompt_token_ids", "response_token_ids"]
-    ).to_pylist():
+    for row in table.to_pylist():
         ids = np.asarray(row["response_token_ids"])
         inside = np.flatnonzero(reasoning.inside([reasoning.at_end(row["prompt_token_ids"])], ids[None])[0])
         kept = ids[: inside[len(inside) // 2]] if len(inside) else ids[:0]
-        found[row["prompt_id"], row["thinking"], row["sample_index"]] = tuple(
-            (reasoning.plain(kept) if swapped else kept).tolist()
-        )
+        key = row["prompt_id"], row["thinking"], row["sample_index"]
+        found[key] = tuple((reasoning.plain(kept) if swapped else kept).tolist())
     return found
 
 

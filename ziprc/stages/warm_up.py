@@ -63,7 +63,7 @@ def run(context: Context) -> str:
         context.target, record, fresh(), fresh, MicroBatches(data, order), own, context.config.runtime, "warm_up",
         load_tokenizer(start), None, AutoConfig.from_pretrained(start).dtype,
     )  # fmt: skip
-    return f"{context.name} warmed up on {len(texts)} right responses, {done}"
+    return f"{context.name} warmed up on {len(texts)} responses, {done}"
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def evaluated(config: Config) -> dict[str, Ref]:
 
 
 def evaluate_params(config: Config) -> list[str]:
+    """Keys that metrics/icl-v.json depends on besides its tables."""
     judged = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "ece_bins", "targets")]
     critic = [
         f"train_critic.{key}"

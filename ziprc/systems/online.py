@@ -51,7 +51,7 @@ class ArmOf:
 
 
 def arms(config: Config) -> dict[str, ArmOf]:
-    """`online-<arm>` each."""
+    """`online-<arm>` each. A start that is not there is for `check_arms` to refuse."""
     known = starts(config)
     return {f"online-{n}": ArmOf(n, known.get(arm.start, known["base"])) for n, arm in config.train_online.arms.items()}
 

@@ -70,11 +70,12 @@ def in_regions(
 def add_region_head(model: PreTrainedModel, reasoning: ReasoningVocabulary, temperature: float) -> None:
     """Let `model(input_ids, attention_mask, inside=[B, T])` score the last T tokens: (log_probs, entropies, states), [B, T(, D)].
 
-    Without `inside`, forward is what it was. Rows that are banned are so by the bias of the output matrix (online.py).
+    Without `inside`, forward is what it was. Rows that are banned are so by the bias of the output matrix (`ban`).
     """
     before = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, inside: Tensor | None = None, **kwargs: Any) -> Any:
+        """[B, ·] ids and mask to what is said above."""
         if inside is None:
             return before(*args, **kwargs)
         ids, keep = kwargs["input_ids"], inside.shape[1]

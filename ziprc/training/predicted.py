@@ -44,7 +44,7 @@ class Predictor:
     def longest_first(self, engine: Engine, requests: Sequence[Request]) -> list[int]:
         """The requests by how long the head expects their responses to be, so that a rollout does not wait for its tail.
 
-        It is asked at the first token of each different prompt, which the prefix cache then has.
+        It is asked at the first token of each different prompt, so the prompts are read once more than without.
         """
         asked = list({request.prompt_token_ids: replace(request, max_new_tokens=1) for request in requests}.values())
         first = [one.joint for one in engine.generate(asked)]

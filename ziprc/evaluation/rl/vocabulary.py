@@ -102,10 +102,8 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
             policies[name]["thought"] = rounded(float(np.mean(thoughts(one.rollouts, tags))))
         if name == "base":
             continue
-        arm, rows = (
-            config.train_online.arms[name.removeprefix("online-")],
-            PROGRESS.read(reads[name] / "progress.parquet").to_pylist(),
-        )
+        arm = config.train_online.arms[name.removeprefix("online-")]
+        rows = PROGRESS.read(reads[name] / "progress.parquet").to_pylist()
         done = [row for row in rows if row["rollout"]]
         policies[name] |= {
             "start": arm.start, "copies_rate": arm.copies_rate,
