@@ -12,7 +12,7 @@ says what happened. What is ours, and TRL's is not:
   response is left out of its group.
 
 Private methods of TRL that are overridden: `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`, `_compute_loss`,
-`_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`; tests/unit/test_online.py guards each.
+`_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`; tests/unit/test_online_guards.py guards each.
 B responses of this process, T tokens, V rows of the output matrix.
 """
 
