@@ -157,6 +157,22 @@ def test_the_two_calls_of_the_head_are_the_dense_law_and_its_gradient(only: bool
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+def test_a_rollout_is_scored_in_batches_as_in_one(tmp_path: Path) -> None:
+    one = run(tmp_path)
+    assert one.reasoning is not None
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1, 250, size=(5, 20)))
+    ids[:, 2], ids[:3, 3], ids[1, 14] = one.reasoning.turn, one.reasoning.opens, one.reasoning.closes
+    with torch.no_grad():
+        whole, parts = (
+            one.trainer._get_per_token_logps_and_entropies(one.model, ids, torch.ones_like(ids), 12, batch_size=size)
+            for size in (None, 2)
+        )
+    for a, b in zip(whole[:2], parts[:2], strict=True):
+        assert a.shape == (5, 12)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    one.engine.close()
+
+
 def test_what_is_counted_is_what_a_slow_count_finds() -> None:
     own = ReasoningVocabulary(300, ((10, 20),), 1, turn=1, opens=2, closes=3)
     use = Use(own)
