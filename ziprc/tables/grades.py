@@ -23,6 +23,7 @@ class GradeStatus(StrEnum):
     UNPARSEABLE = "unparseable"
     TIMEOUT = "timeout"
     ERROR = "error"
+    UNSCORED = "unscored"  # the server of a grader failed: nothing is known of the response
 
 
 def _score_matches_status(table: pa.Table) -> tuple[str, pa.Array, str]:
