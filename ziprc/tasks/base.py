@@ -77,6 +77,43 @@ class TeachingTask(Task, Protocol):
         """Which of `styles` the response is written in, for reporting only."""
 
 
+@dataclass(frozen=True)
+class Criterion:
+    """An item of a rubric: its name, its whole points, and what is required for them."""
+
+    name: str
+    points: int
+    requirement: str
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A response against its rubric: points over the total, points by item, the teacher's words, which end in the total.
+
+    `kind` is how the response goes about it; `spans` are where in the response the steps of items begin and end.
+    """
+
+    score: float
+    points: Mapping[str, int]
+    text: str
+    kind: str
+    spans: Mapping[str, tuple[int, int]]
+
+
+@runtime_checkable
+class AssessedTask(Task, Protocol):
+    """A task whose program writes rubrics and is checker, verifier and teacher of whole responses. `extra` is the prompt's."""
+
+    def rubric(self, extra: Mapping[str, Any]) -> list[Criterion]:
+        """What full marks are given for."""
+
+    def reference(self, extra: Mapping[str, Any]) -> str:
+        """A response that has to get full marks."""
+
+    def assess(self, extra: Mapping[str, Any], response: str) -> Assessment:
+        """The response against the rubric; sound exactly when the score is 1."""
+
+
 def get_task(name: str) -> Task:
     """The task of a name: what the module `ziprc.tasks.<name>` calls TASK. UserError where there is none."""
     if name not in tasks():
