@@ -27,6 +27,10 @@
 #   train_online   checkpoints/{name}/ziprc.json        the configuration
 #   expand         checkpoints/{name}/ziprc.json        the configuration
 #   warm_up        checkpoints/{name}/ziprc.json        the configuration
+#   rubrics        rubrics/{name}.parquet               prompts
+#   assessments    assessments/{name}.parquet           rollouts, prompts, rubrics
+#   gradings       gradings/{name}.parquet              prompts, rubrics, rollouts, grades, assessments, base
+#   train_grader   checkpoints/{name}/ziprc.json        the configuration
 #   evaluate       metrics/{name}.json                  prompts, rollouts, grades, values, introspection, baselines, base, train_joint
 #   report         report.html                          evaluate, frontier, train_joint, introspection, rollouts, grades, prompts, samples
 # ---

@@ -14,6 +14,10 @@ class UserError(Exception):
     """Input that cannot be worked with; the message tells how to mend it."""
 
 
+class Dark(UserError):
+    """Not one question of a batch to a grader was answered, so that there is nothing to learn from."""
+
+
 class Stopped(BaseException):
     """A signal asked this process to end. No Exception, so that nothing on the way takes it for a failure of its own."""
 

@@ -52,7 +52,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from ziprc.store.layout import Layout
     from ziprc.tasks.base import get_task
     from ziprc.training import resume
-    from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
+    from ziprc.training.arguments import HeldOut, Sampler
+    from ziprc.training.online import OnlineTrainer
     from ziprc.training.window import Controller
 
     config = load(Path("config.yaml"), options.experiment)

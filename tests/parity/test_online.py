@@ -17,8 +17,9 @@ from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, unknown_rows
 from ziprc.joint.checkpoint import load_model
 from ziprc.rewards.base import Grade, Item, graded
+from ziprc.training.arguments import HeldOut, Sampler
 from ziprc.training.durable import train_to_the_end
-from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
+from ziprc.training.online import OnlineTrainer
 from ziprc.training.window import Controller
 
 pytest.importorskip("vllm")

@@ -169,7 +169,7 @@ def test_a_file_is_parsed_once_however_many_experiments_are_loaded(
 
 def test_every_suite_of_the_repository_builds_something() -> None:
     found = suites(ROOT / "config.yaml")
-    assert set(found) == {"smoke", "toy", "toy-countdown", "toy-predicted", "toy-vocabulary"}
+    assert set(found) == {"smoke", "toy", "toy-countdown", "toy-predicted", "toy-vocabulary", "toy-rubric"}
     built = {
         name: {system for one in of for system in load(ROOT / "config.yaml", one).systems} for name, of in found.items()
     }
@@ -179,6 +179,7 @@ def test_every_suite_of_the_repository_builds_something() -> None:
         "toy-countdown": "countdown-rl",
         "toy-predicted": "countdown-rl",
         "toy-vocabulary": "reasoning-vocabulary",
+        "toy-rubric": "rubric",
     }
     assert built == {name: {system} for name, system in one.items()}
     for name, systems in built.items():

@@ -32,9 +32,10 @@ from ziprc.joint.tokenizer import load_tokenizer
 from ziprc.rewards.base import Grade, Item, graded, ungraded
 from ziprc.tables.grades import GradeStatus
 from ziprc.tables.progress import PROGRESS
+from ziprc.training.arguments import HeldOut, Sampler
 from ziprc.training.durable import train_to_the_end
 from ziprc.training.law import ban, unban
-from ziprc.training.online import HeldOut, OnlineTrainer, Sampler
+from ziprc.training.online import OnlineTrainer
 from ziprc.training.window import Controller
 
 CAP, STOPS = 16, tuple(range(0, 260, 8))

@@ -20,6 +20,7 @@ def test_trls_head_still_takes_a_matrix_a_bias_and_what_is_asked_of_it() -> None
     ("name", "parameters"),
     [
         ("_generate_single_turn", "self prompt_ids images multimodal_fields num_generations has_tool_images"),
+        ("_generate_and_score_completions", "self inputs"),
         ("_calculate_rewards", "self inputs prompts completions completion_ids_list"),
         ("_compute_loss", "self model inputs"),
         ("_prepare_inputs", "self generation_batch"),

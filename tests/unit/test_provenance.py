@@ -280,7 +280,7 @@ def test_splits_that_share_a_prompt_are_refused_by_what_trains_or_judges(context
     graph = context.graph
     assert {name for name, stage in graph.stages.items() if stage.held_out} == {
         "train_joint", "baselines", "calibration", "frontier", "train_critic", "train_policy", "train_online",
-        "warm_up", "evaluate",
+        "warm_up", "train_grader", "evaluate",
     }  # fmt: skip
     other = Context(graph, Ref("prompts", "test"))
     perform(prompts.run, other)

@@ -54,6 +54,7 @@ def test_every_file_of_an_experiment_and_its_variants_can_be_asked_for(experimen
         "icl-v": ["metrics/icl-v.json"],
         "countdown-rl": ["metrics/countdown-rl.json", "checkpoints/online-adaptive/ziprc.json"],
         "reasoning-vocabulary": ["metrics/reasoning-vocabulary.json", "checkpoints/online-plain/ziprc.json"],
+        "rubric": ["metrics/rubric.json", "assessments/test.parquet"],
     }
     files += [file for system in load(CONFIG, experiment).systems for file in own[system]]
     targets = [f"{home}/{file}" for file in files]

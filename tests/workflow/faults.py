@@ -50,6 +50,10 @@ STAGES = {
     "train_online": "online-adaptive",
     "expand": "expanded-signs",
     "warm_up": "warmed-dialect",
+    "rubrics": "test",
+    "assessments": "train",
+    "gradings": "train",
+    "train_grader": "grader-main",
     "evaluate": "zip-rc",
     "report": "report",
 }
@@ -92,9 +96,11 @@ LEDGER = Ledger()
 class Bench:
     """A copy of a built experiment in which the artifact of one stage is to be made again."""
 
-    def __init__(self, built: Workplace, folder: Path, stage: str, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, built: Workplace, folder: Path, stage: str, overrides: tuple[str, ...] = (), name: str | None = None
+    ) -> None:
         shutil.copytree(built.home, folder / "results" / built.experiment, copy_function=shutil.copy2)
-        self.folder, self.stage, self.name, self.overrides = folder, stage, STAGES[stage], overrides
+        self.folder, self.stage, self.name, self.overrides = folder, stage, name or STAGES[stage], overrides
         self.config = load(MICRO, built.experiment, overrides)
         self.layout = Layout(folder / "results", built.experiment)
         self.context = Context(graph_of(self.config, self.layout), Ref(stage, self.name))

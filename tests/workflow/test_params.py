@@ -35,9 +35,11 @@ MORE = [
     Ref("values", "test-many"),
     Ref("rollouts", "train"),
     Ref("rollouts", "test-online-copies-swapped"),
+    Ref("rollouts", "gradings-grader-main"),
+    Ref("train_online", "online-gated"),
 ]
 # Of these a whole section is handed on, and which of its keys are read depends on the values of others.
-WHOLE = {"frontier", "base", "train_joint", "train_policy", "train_online", "expand", "warm_up"}
+WHOLE = {"frontier", "base", "train_joint", "train_policy", "train_online", "expand", "warm_up", "train_grader"}
 
 
 def inner(section: BaseModel, name: str) -> dict[str, Section]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-System = Literal["zip-rc", "icl-v", "countdown-rl", "reasoning-vocabulary"]
+System = Literal["zip-rc", "icl-v", "countdown-rl", "reasoning-vocabulary", "rubric"]
 SYSTEMS: tuple[str, ...] = get_args(System)
 
 
@@ -31,6 +31,7 @@ class Sampling(Section):
     top_k: int = Field(0, ge=0, description="tokens that are kept; 0: every one")
 
 
+GREEDY = Sampling(temperature=0, min_p=0)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]  # of what a user adds to a list; part of file names
 OptimizerName = Annotated[
     Literal["adamw", "muon"],
@@ -128,6 +129,18 @@ class Runtime(Section):
     mismatch: float = Field(
         1e-3, gt=0, description="KL in nats a token between sampler and on-policy trainer above which stderr warns"
     )
+    grader: str = Field(
+        "hf",
+        description="what serves a grader while a policy trains: hf or vllm, in a process of its own; or the address of a server",
+    )
+    grader_model: str | None = Field(
+        None, description="a server by address: the name of its model; null: the only one it has"
+    )
+    grader_memory: float = Field(0.3, gt=0, le=1, description="share of a GPU's memory of a vLLM that serves a grader")
+    grader_requests: int = Field(64, ge=1, description="questions to a grader that are in flight at once")
+    grader_deadline_s: float = Field(120.0, gt=0, description="seconds that an answer of a grader may take")
+    grader_start_s: float = Field(900.0, gt=0, description="seconds that a server of a grader may take to be ready")
+    grader_restarts: int = Field(3, ge=0, description="times that a dead server of a grader is started again")
     save_steps: int = Field(100, ge=1, description="optimiser steps between training states kept for resuming")
     trackers: tuple[Tracker, ...] = Field((), description="where training reports its metrics besides the log")
     gpus: int = Field(0, ge=0, description="GPUs of one node; 0: every stage runs on the CPU")

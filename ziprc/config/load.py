@@ -17,13 +17,14 @@ from pydantic import BaseModel, ValidationError
 from ziprc.config.base import SYSTEMS, merge
 from ziprc.config.icl_v import ICLV
 from ziprc.config.online import OnlineRL
+from ziprc.config.rubric import RubricSections
 from ziprc.config.shared import Prompts, Shared
 from ziprc.config.vocabulary import ReasoningSections
 from ziprc.config.zip_rc import ZipRC
 from ziprc.errors import UserError, nearest
 
 
-class Config(Shared, ZipRC, ICLV, OnlineRL, ReasoningSections):
+class Config(Shared, ZipRC, ICLV, OnlineRL, ReasoningSections, RubricSections):
     """A resolved experiment: the sections of every system, side by side. A new system adds its mixin to the bases."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -11,7 +12,8 @@ from ziprc.errors import UserError, nearest
 
 Rule = Literal["fixed", "phased", "adaptive", "legacy", "proposed", "predicted"]
 RULES: tuple[str, ...] = get_args(Rule)
-REWARDS = ("score", "cosine", "format", "repetition", "overlong")  # those of ziprc/rewards/combine.py
+Setup = Literal["outcome", "tinyv_only", "addon", "mixed", "gated"]
+REWARDS = ("score", "rubric", "cosine", "format", "repetition", "overlong")  # those of ziprc/rewards/combine.py
 Tokens = Annotated[int, Field(ge=1)]
 
 
@@ -99,10 +101,30 @@ class Reward(Section):
     settings: dict[str, Any] = Field({}, description="arguments of its function, see ziprc/rewards/combine.py")
 
 
+class RubricReward(Section):
+    """How the work of a response counts, by a rubric (ziprc/rewards/combine.py)."""
+
+    setup: Setup = Field(
+        "gated",
+        description="outcome: not at all; tinyv_only: alone; addon: for wrong answers; mixed: beside the verdict; gated: for "
+        "right ones",
+    )
+    weight: Unit = Field(1.0, description="addon, mixed: of the rubric")
+    by: str = Field("program", description="program: the task's own; or the checkpoint grader-<name>, or online-<arm>")
+    credit: Literal["response", "steps"] = Field(
+        "response", description="steps: tokens of a step also get the verdict on it, within the group"
+    )
+    step_weight: float = Field(
+        1.0, ge=0, description="credit steps: of a step's verdict beside the response's advantage"
+    )
+
+
 class Arm(Optimisation):
     """One way to train on-policy. A rollout is: sample, grade, one or more optimiser steps."""
 
-    start: str = Field("base", description="what it starts from: base, expanded-<model>, warmed-<model>, ziprc or lite")
+    start: str = Field(
+        "base", description="what it starts from: base, expanded-<model>, warmed-<model>, grader-<name>, ziprc or lite"
+    )
     copies_rate: float = Field(
         1.0, ge=0, description="learning rate of the rows of a reasoning vocabulary, as a multiple; 0: they stay"
     )
@@ -132,10 +154,25 @@ class Arm(Optimisation):
         min_length=1,
         description="what is summed to the reward, by name or by package.module:function",
     )
+    rubric: RubricReward | None = Field(None, description="how the work counts; null: the answer alone is looked at")
+    asks: Literal["prompts", "gradings"] = Field(
+        "prompts", description="gradings: it is a grader that is trained, on how near its totals are to the teacher's"
+    )
     window: Window = Window()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rubric_is_the_reward(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("rubric") is not None and "rewards" not in given:
+            return {**given, "rewards": {"rubric": {}}}
+        return given
 
     @model_validator(mode="after")
     def _rewards_exist(self) -> Arm:
+        if ("rubric" in self.rewards) != (self.rubric is not None):
+            raise ValueError("a rubric and the reward 'rubric' belong together")
+        if self.rubric is not None and self.asks == "gradings":
+            raise ValueError("a grader is not graded by a rubric: leave out the one or the other")
         for name in self.rewards:
             if name not in REWARDS and ":" not in name:
                 raise ValueError(

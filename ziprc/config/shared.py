@@ -73,6 +73,9 @@ class Rollouts(Section):
     thinking_samples: int = Field(2, ge=0, description="responses with thinking per training prompt")
     non_thinking_samples: int = Field(0, ge=0, description="responses without thinking per training prompt")
     test_samples: int = Field(8, ge=1, description="responses per test prompt")
+    recall: bool = Field(
+        False, description="rubric: whether policies are also asked the test prompts without thinking, greedily"
+    )
     student_samples: int = Field(8, ge=1, description="responses of a student of train_policy per test prompt")
     test_thinking: bool = Field(True, description="whether validation and test prompts are answered with thinking")
     many_prompts: int = Field(64, ge=1, description="test prompts with many responses, whose joint is counted")

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ziprc.config.shared import Rollouts
 from ziprc.engines import start
 from ziprc.engines.base import EngineSettings, Request, Response
 from ziprc.errors import UserError
@@ -57,16 +56,16 @@ def response_texts(responses: Sequence[Response], tokenizer: Any) -> list[str]:
     return found
 
 
-def check_fit(prompts: Mapping[str, int], own: Rollouts) -> None:
-    """Refuse prompts, by id with their tokens, that leave no room for a whole response."""
+def check_fit(prompts: Mapping[str, int], own: Any, section: str = "rollouts") -> None:
+    """Refuse prompts, by id with their tokens, that leave no room for a whole response; lengths are `own`, of a section."""
     long = {prompt_id: n for prompt_id, n in prompts.items() if n > own.max_model_len - own.max_new_tokens}
     if long:
         worst = max(long, key=lambda prompt_id: long[prompt_id])
         raise UserError(
             f"{len(long)} of {len(prompts)} prompts do not fit: prompt {worst} has {long[worst]} tokens, and with up "
-            f"to {own.max_new_tokens} new tokens (rollouts.max_new_tokens) it passes the limit of {own.max_model_len}. "
-            f"Raise rollouts.max_model_len to at least {long[worst] + own.max_new_tokens}, or lower "
-            "rollouts.max_new_tokens."
+            f"to {own.max_new_tokens} new tokens ({section}.max_new_tokens) it passes the limit of {own.max_model_len}. "
+            f"Raise {section}.max_model_len to at least {long[worst] + own.max_new_tokens}, or lower "
+            f"{section}.max_new_tokens."
         )
 
 

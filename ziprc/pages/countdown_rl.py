@@ -14,6 +14,7 @@ from ziprc.pages import figures
 from ziprc.pages.html import Record, Section, missed, side
 from ziprc.store.files import read_json
 from ziprc.store.layout import Layout
+from ziprc.systems.online import trained
 from ziprc.tables.grades import GRADES
 from ziprc.tables.prompts import PROMPTS
 from ziprc.tables.rollouts import ROLLOUTS
@@ -114,7 +115,7 @@ def windows(arms: Mapping[str, Record]) -> list[Any]:
 def responses(config: Config, reads: Mapping[str, Path]) -> list[Record]:
     """The first response of the base and of every arm to some test prompts."""
     prompts = PROMPTS.read(reads["prompts/test"]).slice(0, config.report.rollouts_shown).to_pylist()
-    tests = {"base": "test"} | {name: f"test-online-{name}" for name in config.train_online.arms}
+    tests = {"base": "test"} | {short(name): f"test-{name}" for name in trained(config)}
     first = {name: _first(reads, test, [row["prompt_id"] for row in prompts]) for name, test in tests.items()}
     return [
         {

@@ -15,7 +15,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 # Rooms and modules that change no result.
 UNDIGESTED = (
-    "cli", "config", "engines.watchdog", "errors", "plan", "processor", "progress", "stages.context", "store.files",
+    "cli", "config", "engines.guard", "engines.server",
+    "engines.watchdog", "errors", "plan", "processor", "progress", "stages.context", "store.files",
     "store.layout", "store.manifest", "systems", "tables.pieces", "workflow",
 )  # fmt: skip
 

@@ -59,9 +59,11 @@ class Grader(Protocol):
         """One grade per item, in order; a grade depends on its item alone."""
 
 
-def graded(score: float, extracted_answer: str | None = None, rationale: str | None = None) -> Grade:
+def graded(
+    score: float, extracted_answer: str | None = None, rationale: str | None = None, parts: str | None = None
+) -> Grade:
     """A grade with a score."""
-    return Grade(float(score), GradeStatus.GRADED, extracted_answer, rationale)
+    return Grade(float(score), GradeStatus.GRADED, extracted_answer, rationale, parts)
 
 
 def ungraded(status: GradeStatus, rationale: str | None = None) -> Grade:

@@ -4,6 +4,7 @@ A reward is a function as TRL calls them: keyword arguments with one entry a res
 column of the prompts table and, from us, `score`, `finished` and `window`), and a list of numbers back. Known names:
 
 * `score`: the grader's, unshaped; a response that was cut has 0.
+* `rubric`: score and rubric, combined as the arm says (`combine`).
 * `cosine`: by score and length (Yeo et al. 2025, https://arxiv.org/abs/2502.03373), with knobs named by what they do:
   `right_short`, `right_long`, `wrong_short`, `wrong_long`, and `cut` for a response that the window or the cap has ended.
 * `format`, `repetition`, `overlong`: TRL's, by the think block, repeated n-grams, and the last tokens before the largest
@@ -23,7 +24,7 @@ from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
-from ziprc.config.online import Reward
+from ziprc.config.online import Reward, Setup
 from ziprc.errors import UserError
 from ziprc.rewards.base import RIGHT
 
@@ -58,8 +59,49 @@ class Cosine:
         return long + (short - long) / 2 * (1 + math.cos(math.pi * min(length, self.largest) / self.largest))
 
 
+def combine(setup: Setup, right: float | None, score: float | None, weight: float = 1.0) -> float | None:
+    """The reward of one response from its verdict `right` and its `score` by a rubric, both in [0, 1]; None is: not known.
+
+    None where what the setup needs is missing: a failure is never a 0. Setups of Yuan et al. (https://arxiv.org/abs/2510.07774,
+    and the code behind it), and ours:
+
+    * `outcome`: the verdict; the rubric is not asked.
+    * `tinyv_only`: the rubric alone. A wrong answer costs what the rubric says.
+    * `addon`: 1 for a right answer, whatever its work; `weight` times the rubric for a wrong one. It pays for what is to be
+      cured.
+    * `mixed`: `weight` of the rubric and the rest of the verdict.
+    * `gated`: the product: the rubric counts where the answer is right, and a grader that can be fooled pays for no wrong one.
+    """
+    if setup == "outcome":
+        return right
+    if setup == "tinyv_only":
+        return score
+    if right is None:
+        return None
+    if setup == "addon" and right >= RIGHT:
+        return 1.0
+    if setup == "gated" and right < RIGHT:
+        return 0.0
+    if score is None:
+        return None
+    if setup == "addon":
+        return weight * score
+    return weight * score + (1 - weight) * right if setup == "mixed" else right * score
+
+
+def asks(setup: Setup, right: float | None) -> bool:
+    """Whether the reward of a response with this verdict needs a score by the rubric."""
+    return combine(setup, right, None) is None and not (right is None and setup != "tinyv_only")
+
+
+def rubric(rubric: Sequence[float | None], **known: Any) -> list[float | None]:
+    """The verdict and the rubric, combined (`rubric` of the arm)."""
+    return list(rubric)
+
+
 KNOWN: Mapping[str, Callable[..., Function]] = {
     "score": lambda largest: score,
+    "rubric": lambda largest: rubric,
     "cosine": Cosine,
     "format": lambda largest: think_format_reward,
     "repetition": lambda largest, ngram_size=3, max_penalty=-1.0: get_repetition_penalty_reward(

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ziprc.chat import prompt_token_ids, visible_answer
-from ziprc.config.base import Sampling
+from ziprc.config.base import GREEDY
 from ziprc.config.load import Config
 from ziprc.config.shared import Judge
 from ziprc.engines import start
@@ -147,8 +147,7 @@ def grader(config: Config) -> JudgeGrader:
     assert own is not None, "asked for only where there is one"
     folder = local_model(own.model, own.revision, "grades.judge.model")
     tokenizer = load_tokenizer(folder)
-    greedy = Sampling(temperature=0, min_p=0)
-    settings = settings_for(folder, tokenizer, own, greedy, machine, machine.judge_tensor_parallel)
+    settings = settings_for(folder, tokenizer, own, GREEDY, machine, machine.judge_tensor_parallel)
     return JudgeGrader(partial(start, config.rollouts.engine, settings), tokenizer, own)
 
 

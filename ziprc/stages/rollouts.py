@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ziprc.chat import prompt_token_ids
+from ziprc.config.base import GREEDY
 from ziprc.config.load import Config
 from ziprc.engines.base import EngineSettings, settings_for
 from ziprc.engines.recording import Recording, Wanted, check_fit
@@ -62,24 +63,27 @@ def begun(table: pa.Table, reasoning: ReasoningVocabulary, swapped: bool) -> dic
     return found
 
 
-def engine_settings(config: Config, folder: Path, tokenizer: Any, copies: bool = True) -> EngineSettings:
+def engine_settings(config: Config, folder: Path, tokenizer: Any, of: RolloutsOf) -> EngineSettings:
     """How rollouts run the policy in `folder`. A joint head that overlaps tokens is refused here."""
     if "joint" in read_manifest(folder):
         read_joint_head(folder)
-    own, machine = config.rollouts, config.runtime
-    return settings_for(folder, tokenizer, own, own.sampling, machine, machine.tensor_parallel, copies=copies)
+    machine, sampling = config.runtime, GREEDY if of.greedy else config.rollouts.sampling
+    return settings_for(
+        folder, tokenizer, getattr(config, of.section), sampling, machine, machine.tensor_parallel,
+        copies=of.thoughts != "banned",
+    )  # fmt: skip
 
 
 def run(context: Context) -> str:
     """Sample every response that is missing and write the table; the closing line."""
     config, of, target, params = context.config, context.variant, context.target, context.params
-    policy, own = context.reads["policy"], context.config.rollouts
+    policy, own = context.reads["policy"], getattr(config, of.section)
     prompts = PROMPTS.read(context.reads["prompts"]).slice(0, of.limit).to_pylist()
     read_manifest(policy)  # before the tokenizer: says how to build a checkpoint that is missing
     tokenizer = load_tokenizer(policy)
     wanted = [list(wanted_of(prompt, of, tokenizer, config.seed)) for prompt in prompts]
-    check_fit({w.prompt_id: len(w.prompt) for group in wanted for w in group}, own)
-    settings = engine_settings(config, policy, tokenizer, copies=of.thoughts != "banned")
+    check_fit({w.prompt_id: len(w.prompt) for group in wanted for w in group}, own, of.section)
+    settings = engine_settings(config, policy, tokenizer, of)
     if of.before is not None and settings.reasoning is not None:
         given = begun(ROLLOUTS.read(context.reads["before"]), settings.reasoning, of.thoughts == "swapped")
         wanted = [[replace(w, begun=given[w.prompt_id, w.thinking, w.sample_index]) for w in group] for group in wanted]
@@ -87,7 +91,7 @@ def run(context: Context) -> str:
 
     pieces = context.pieces(ROLLOUTS, cut(len(wanted), config.runtime.shard_prompts))
     parts = [(n, list(itertools.chain(*wanted[slice(*pieces.parts[n])]))) for n in pieces.missing()]
-    job = Recording(pieces, own.engine, settings, of.policy.name, own.max_new_tokens)
+    job = Recording(pieces, config.rollouts.engine, settings, of.policy.name, own.max_new_tokens)
     share_out(f"rollouts {context.name}", job.run, parts, config.runtime.workers, settings.tensor_parallel)
     seen = Counter[str]()
 

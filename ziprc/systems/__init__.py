@@ -12,9 +12,10 @@ from ziprc.systems import shared
 from ziprc.systems.countdown_rl import COUNTDOWN_RL
 from ziprc.systems.icl_v import ICL_V
 from ziprc.systems.reasoning_vocabulary import REASONING_VOCABULARY
+from ziprc.systems.rubric import RUBRIC
 from ziprc.systems.zip_rc import ZIP_RC
 
-SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL, REASONING_VOCABULARY)
+SYSTEMS = (ZIP_RC, ICL_V, COUNTDOWN_RL, REASONING_VOCABULARY, RUBRIC)
 OWN = [stage for system in SYSTEMS for stage in system.stages]
 STAGES = (*shared.responses(SYSTEMS), *OWN, *shared.results(SYSTEMS))
 

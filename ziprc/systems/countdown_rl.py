@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from ziprc.config.load import Config
 from ziprc.plan.stage import Ref, System
-from ziprc.systems.online import TRAIN_ONLINE, arms, trained
+from ziprc.systems.online import TRAIN_ONLINE, trained
 from ziprc.systems.shared import RolloutsOf, table, tested
 
 
 def rollouts(config: Config) -> dict[str, RolloutsOf]:
     """Test prompts, as every trained policy answers them."""
-    return {f"test-{name}": tested(config, Ref("train_online", name)) for name in arms(config)}
+    return {f"test-{name}": tested(config, policy) for name, policy in trained(config).items()}
 
 
 def answers(config: Config) -> dict[str, Ref]:
     """Test prompts, and what the base and every trained policy made of them."""
     found = table("prompts", "test")
-    for name in ("test", *(f"test-{name}" for name in arms(config))):
+    for name in ("test", *(f"test-{name}" for name in trained(config))):
         found |= table("rollouts", name) | table("grades", name)
     return found
 

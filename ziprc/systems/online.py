@@ -1,15 +1,17 @@
-"""On-policy training, which several systems share: its arms, what each starts from, and the stage that trains them."""
+"""On-policy training, which several systems share: its arms, what each starts from and is rewarded by, and their stage."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ziprc.config import load
 from ziprc.config.load import Config
 from ziprc.config.vocabulary import Expansion
 from ziprc.errors import UserError, nearest
 from ziprc.plan.stage import CHECKPOINT, Ref, Stage
-from ziprc.systems.shared import BASE, check_grades, grader_modules, grading_keys, table
+from ziprc.systems.shared import BASE, LENGTHS, check_grades, grader_modules, grading_keys, table, task_module
 
+GRADERS = "ziprc.training.graders"
 JUDGED = ("judged_prompts", "judged_samples")
 
 
@@ -27,12 +29,23 @@ class Start:
 
 
 def given(config: Config) -> dict[str, Start]:
-    """`expanded-<model>` and `warmed-<model>`."""
+    """`expanded-<model>`, `warmed-<model>` and `grader-<name>`."""
     models = config.expand.models
     found = {f"expanded-{name}": Start(Ref("expand", f"expanded-{name}"), own) for name, own in models.items()}
     for name, own in config.warm_up.models.items():
         found[f"warmed-{name}"] = Start(Ref("warm_up", f"warmed-{name}"), models.get(own.model or ""))
-    return found
+    return found | {name: Start(ref) for name, ref in graders(config).items()}
+
+
+def graders(config: Config) -> dict[str, Ref]:
+    """Graders as they are taught, `grader-<name>` each."""
+    return {f"grader-{name}": Ref("train_grader", f"grader-{name}") for name in config.train_grader.graders}
+
+
+def trained_graders(config: Config) -> dict[str, Ref]:
+    """Graders that were trained on-policy after that, `online-<arm>` each."""
+    asked = [name for name, arm in config.train_online.arms.items() if arm.asks == "gradings"]
+    return {f"online-{name}": Ref("train_online", f"online-{name}") for name in asked}
 
 
 def starts(config: Config) -> dict[str, Start]:
@@ -57,25 +70,46 @@ def arms(config: Config) -> dict[str, ArmOf]:
 
 
 def trained(config: Config) -> dict[str, Ref]:
-    """The policies of all arms."""
-    return {name: Ref("train_online", name) for name in arms(config)}
+    """The policies of all arms, graders apart."""
+    asked = config.train_online.arms
+    return {name: Ref("train_online", name) for name, of in arms(config).items() if asked[of.arm].asks == "prompts"}
+
+
+def arm_reads(config: Config, of: ArmOf) -> dict[str, Ref]:
+    """What an arm starts from, what it is asked and judged on, and the grader and rubrics of its reward."""
+    arm = config.train_online.arms[of.arm]
+    found = {"base": of.start.checkpoint, **table(arm.asks, "train")}
+    if config.train_online.judged_every and arm.asks == "prompts":
+        found |= table("prompts", "validation")
+    known = graders(config) | trained_graders(config)
+    if arm.rubric is not None and arm.rubric.by in known:
+        found |= table("rubrics", "train") | {"grader": known[arm.rubric.by]}
+    return found
 
 
 def arm_params(config: Config, of: ArmOf) -> list[str]:
     """Keys that decide what an arm becomes."""
-    own = config.train_online
+    own, arm = config.train_online, config.train_online.arms[of.arm]
+    found = ["seed", f"train_online.arms.{of.arm}", "train_online.engine"]
+    if arm.asks == "gradings":
+        return [*found, *(f"gradings.{key}" for key in LENGTHS)]
     judged = [f"train_online.{key}" for key in (("judged_every", *JUDGED) if own.judged_every else ("judged_every",))]
-    lengths = [f"rollouts.{key}" for key in ("max_model_len", "max_new_tokens", "dtype")]
-    return [
-        "seed", f"train_online.arms.{of.arm}", "train_online.engine", "train_online.thinking",
-        *judged, *lengths, *grading_keys(config),
-    ]  # fmt: skip
+    lengths = [f"rollouts.{key}" for key in LENGTHS]
+    if arm.rubric is not None:
+        found += ["prompts.task"]
+        found += [f"gradings.{key}" for key in LENGTHS] if arm.rubric.by != "program" else []
+    return [*found, "train_online.thinking", *judged, *lengths, *grading_keys(config)]
 
 
-def arm_modules(config: Config) -> list[str]:
-    """What training chooses by name: the engine that samples and what grades."""
-    engine = config.train_online.engine
-    return [*([f"ziprc.engines.{engine}"] if engine in ("hf", "vllm") else []), *grader_modules(config)]
+def arm_modules(config: Config, of: ArmOf) -> list[str]:
+    """What training chooses by name: the engine that samples, what grades, and the task whose program looks at work."""
+    engine, arm = config.train_online.engine, config.train_online.arms[of.arm]
+    found = [f"ziprc.engines.{engine}"] if engine in ("hf", "vllm") else []
+    if arm.asks == "gradings":
+        return [*found, "ziprc.rewards.grade"]
+    work = [GRADERS, task_module(config)] if arm.rubric is not None else []
+    work += ["ziprc.engines.serving"] if arm.rubric is not None and arm.rubric.by != "program" else []
+    return [*found, *grader_modules(config), *work]
 
 
 def check_arms(config: Config) -> None:
@@ -94,6 +128,7 @@ def check_arms(config: Config) -> None:
                 f"{where}: a predicted window is read from a joint head by our engines. Start from lite or ziprc, with "
                 f"train_online.engine hf or vllm (now {arm.start}, {own.engine})."
             )
+        _check_rubric(config, name, where)
         if arm.copies_rate != 1 and not known[arm.start].has_copies:
             raise UserError(f"{where}: copies_rate is {arm.copies_rate:g}, but {arm.start} has no copies.")
         if known[arm.start].has_copies and own.engine in ("colocate", "server"):
@@ -101,7 +136,7 @@ def check_arms(config: Config) -> None:
                 f"{where}: {arm.start} has copies, which TRL's sampling would not keep to the thinking block. Set "
                 "train_online.engine to vllm or hf."
             )
-        if arm.prompts > config.prompts.train:
+        if arm.asks == "prompts" and arm.prompts > config.prompts.train:
             raise UserError(
                 f"{where}: a rollout asks {arm.prompts} different prompts, but prompts.train is {config.prompts.train}. "
                 "Lower the one or raise the other."
@@ -111,7 +146,7 @@ def check_arms(config: Config) -> None:
                 f"{where}: {arm.prompts} × {arm.samples} responses cannot be shared among {arm.updates} updates. Make prompts × "
                 "samples a multiple of updates."
             )
-        arm.window.check_fits(cap, f"{where}.window")
+        arm.window.check_fits(cap if arm.asks == "prompts" else config.gradings.max_new_tokens, f"{where}.window")
     if own.judged_every and own.engine in ("colocate", "server"):
         raise UserError(
             f"train_online.engine is {own.engine}, where TRL samples; validation prompts are judged by our engines alone. Set "
@@ -124,11 +159,37 @@ def check_arms(config: Config) -> None:
         )
 
 
+def _check_rubric(config: Config, name: str, where: str) -> None:
+    """UserError where an arm's work is to be graded by nobody, or a grader is to be trained that is none."""
+    arm, known = config.train_online.arms[name], graders(config) | trained_graders(config)
+    if (arm.asks == "gradings") != (arm.start in graders(config)):
+        raise UserError(
+            f"{where}: it asks {arm.asks} and starts from {arm.start}. Graders start from grader-<name> and ask "
+            f"gradings, policies "
+            "start from something else and ask prompts."
+        )
+    if arm.rubric is None:
+        return
+    if arm.rubric.by != "program" and arm.rubric.by not in known:
+        raise UserError(
+            f"{where}.rubric.by: there is no grader '{arm.rubric.by}'{nearest(arm.rubric.by, ['program', *known])}. It "
+            f"is program, or "
+            f"one of {', '.join(known) or 'none'}."
+        )
+    if (arm.rubric.by == "program" or arm.rubric.credit == "steps") and not is_assessed(config.prompts.task):
+        raise UserError(
+            f"{where}.rubric: the task '{config.prompts.task}' has no program that looks at work. Name a grader in "
+            f"`by`, with credit: "
+            "response."
+        )
+
+
+def is_assessed(task: str) -> bool:
+    """Whether the task's program writes rubrics and looks at work."""
+    return hasattr(load.task_module(task).TASK, "assess")
+
+
 TRAIN_ONLINE = Stage(
     "train_online", "the policy {name}, trained on-policy", CHECKPOINT, arms,
-    reads=lambda c, v: {
-        "base": v.start.checkpoint, **table("prompts", "train"),
-        **(table("prompts", "validation") if c.train_online.judged_every else {}),
-    },
-    params=arm_params, machine="big-gpu", uses=lambda c, v: arm_modules(c), check=check_arms, held_out=True,
+    reads=arm_reads, params=arm_params, machine="big-gpu", uses=arm_modules, check=check_arms, held_out=True,
 )  # fmt: skip

@@ -19,6 +19,7 @@ BASE = Ref("base", "base")
 TASK = ("prompts.task", "prompts.settings")
 # How a policy is run: what rollouts and live samples read of the section `rollouts`.
 SAMPLING = tuple(f"rollouts.{key}" for key in ("engine", "sampling", "max_model_len", "max_new_tokens", "dtype"))
+LENGTHS = ("max_model_len", "max_new_tokens", "dtype")
 SECTIONS = ("seed", "prompts", "base", "rollouts", "grades", "evaluate", "report")
 
 
@@ -27,8 +28,9 @@ class RolloutsOf:
     """What a table of responses is: whose prompts, whose responses, how many with and without thinking.
 
     `limit` is the number of prompts, the first ones (None: all); `counts` the keys of the section `rollouts` behind it.
-    `thoughts`: of a policy with a reasoning vocabulary, what is done to its copies: `banned` from the start, or the first half
-    of each thought of the rollouts `before` is `kept`, or `swapped` for sources, and the rest is sampled anew.
+    `thoughts`: of a policy with a reasoning vocabulary, what is done to its copies: `banned` from the start, or the first
+    half of each thought of the rollouts `before` is `kept`, or `swapped` for sources, and the rest is sampled anew. `asks` is
+    the stage whose prompts these are, and the section that says how long a response may be. `greedy`: the likeliest token.
     """
 
     prompts: str
@@ -38,6 +40,19 @@ class RolloutsOf:
     limit: int | None = None
     thoughts: Literal["own", "banned", "kept", "swapped"] = "own"
     before: Ref | None = None
+    asks: Literal["prompts", "gradings"] = "prompts"
+    greedy: bool = False
+
+    @property
+    def section(self) -> str:
+        return "rollouts" if self.asks == "prompts" else self.asks
+
+    @property
+    def params(self) -> list[str]:
+        """Keys of the configuration behind it, the seed apart."""
+        drawn = [] if self.greedy else ["rollouts.sampling"]
+        lengths = [f"{self.section}.{key}" for key in LENGTHS]
+        return ["rollouts.engine", *drawn, *lengths, *(f"rollouts.{key}" for key in self.counts)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,8 @@ def responses(systems: Sequence[System]) -> tuple[Stage[Any], ...]:
         return found
 
     def grades(config: Config) -> Mapping[str, GradesOf]:
-        found = {name: GradesOf(Ref("rollouts", name), v.prompts) for name, v in rollouts(config).items()}
+        asked = {name: v for name, v in rollouts(config).items() if v.asks == "prompts"}
+        found = {name: GradesOf(Ref("rollouts", name), v.prompts) for name, v in asked.items()}
         for system in of_experiment(systems, config):
             found |= system.graded(config)
         return found
@@ -132,9 +148,9 @@ def responses(systems: Sequence[System]) -> tuple[Stage[Any], ...]:
         Stage(
             "rollouts", "responses for {name}", TABLE, rollouts,
             reads=lambda c, v: {
-                "prompts": Ref("prompts", v.prompts), "policy": v.policy, **({"before": v.before} if v.before else {})
+                "prompts": Ref(v.asks, v.prompts), "policy": v.policy, **({"before": v.before} if v.before else {})
             },
-            params=lambda c, v: ["seed", *SAMPLING, *(f"rollouts.{key}" for key in v.counts)],
+            params=lambda c, v: ["seed", *v.params],
             machine="gpu", uses=lambda c, v: [engine_module(c)],
         ),
         Stage(

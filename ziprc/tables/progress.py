@@ -9,6 +9,13 @@ Where there is a reasoning vocabulary: `copies_share` of the tokens of thoughts,
 different ones (`copies_used`), `violations` outside the block (none may be); `logit_gap`, copy minus source, mean over states
 and pairs; `copy_kl`, nats between the laws after a copy and after its source; `drift` of copies from their sources, in norms of
 the source, in the output matrix (and in the input matrix); `entropy` in nats a token, in the block and outside.
+
+Where the work is graded by a rubric: responses whose grade was `asked` for, questions `saved` because an equal one was,
+grades that a failed server left `unscored` or that were `unreadable` (or their questions too long); mean `rubric_score`;
+suspected hacking, the share of graded wrong answers with a score above .8, and suspected false positives, of graded right
+answers with a score below .95. What the task's program says, and no optimiser sees: the share of right answers that is
+`unsound`, of all that is right and sound (`verified`), and the mean distance of the grader's score from the program's
+(`grader_gap`).
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ from ziprc.tables.check import TEXT, TableSchema, column, columns
 
 COUNTS = (
     "step", "window", "next_window", "prompts", "responses", "ungraded", "tokens_prompt", "tokens_response", "tokens_total",
-    "held_out_tokens", "copies_used", "violations",
+    "held_out_tokens", "copies_used", "violations", "asked", "saved", "unscored", "unreadable",
 )  # fmt: skip
 MEASURES = (
     "success", "success_finished", "truncated", "score", "reward", "reward_std", "reward_total", "zero_variance",
@@ -28,6 +35,7 @@ MEASURES = (
     "ratio_mean", "ratio_std", "ratio_p95", "log_ratio_mean", "log_ratio_std", "ratio_outside", "mismatch_kl", "mismatch_max",
     "held_out", "copies_share", "logit_gap", "copy_kl", "drift_mean", "drift_max", "drift_input",
     "entropy_inside", "entropy_outside",
+    "rubric_score", "unsound", "verified", "suspected_hacking", "suspected_false", "grader_gap",
 )  # fmt: skip
 
 PROGRESS = TableSchema(

@@ -20,7 +20,8 @@ from ziprc.tables.grades import GradeStatus
 from ziprc.tables.rollouts import FinishReason
 
 Row = dict[str, Any]
-PARTS = ("push", "generate", "grade", "score", "judge")  # of a rollout that are timed; the rest of it is the update
+# Of a rollout, that are timed; the rest of it is the update.
+PARTS = ("push", "generate", "grade", "rubric", "score", "judge")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Rollout:
     norms: list[float] = field(default_factory=list)
     log_ratios: list[Tensor] = field(default_factory=list)  # new over old policy: the tokens of each micro-batch
     mismatches: list[Tensor] = field(default_factory=list)  # trainer over sampler
+    judged: list[Any] = field(default_factory=list)  # by a rubric (rubric.py)
     use: Any = None  # of a reasoning vocabulary, where there is one (vocabulary.py)
 
     @contextlib.contextmanager

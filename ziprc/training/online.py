@@ -11,9 +11,9 @@ says what happened. What is ours, and TRL's is not:
 * the window (window.py) and every metric read the graders' unshaped verdicts; a failure to grade is no reward of 0: the
   response is left out of its group.
 
-Private methods of TRL that are overridden: `_generate_single_turn`, `_calculate_rewards`, `_prepare_inputs`, `_compute_loss`,
-`_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`; tests/unit/test_online_guards.py guards each.
-B responses of this process, T tokens, V rows of the output matrix.
+Private methods of TRL that are overridden: `_generate_single_turn`, `_calculate_rewards`, `_generate_and_score_completions`,
+`_prepare_inputs`, `_compute_loss`, `_get_per_token_logps_and_entropies`, `_load_optimizer_and_scheduler`;
+tests/unit/test_online_guards.py guards each. B responses of this process, T tokens, V rows of the output matrix.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 with warnings.catch_warnings():  # of a newer vLLM than TRL knows, which is of no matter where ours samples
     warnings.simplefilter("ignore", UserWarning)
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
 from ziprc.config.base import Runtime, Sampling
 from ziprc.config.online import Arm, TrainOnline
-from ziprc.engines.base import Engine, Request, Response
+from ziprc.engines.base import Request, Response
 from ziprc.engines.recording import response_texts
-from ziprc.errors import UserError, first_few
+from ziprc.errors import Dark, UserError, first_few
 from ziprc.joint.reasoning import NEVER, ReasoningVocabulary
-from ziprc.joint.vocabulary import IdRange
 from ziprc.progress import progress
 from ziprc.rewards.base import Grade, Item
 from ziprc.rewards.combine import reward_function
@@ -54,64 +52,17 @@ from ziprc.store.manifest import read_sealed, write_sealed
 from ziprc.tables.rollouts import FinishReason
 from ziprc.training import resume
 from ziprc.training.account import PARTS, Answer, Rollout, Row, described, ratios, reason_of, score_of
-from ziprc.training.durable import Durable, distinct, machine_arguments
+from ziprc.training.arguments import HeldOut, Sampler, grpo_config
+from ziprc.training.durable import Durable, distinct
 from ziprc.training.law import add_region_head, ban, in_regions
 from ziprc.training.micro import Sizes, by_length
-from ziprc.training.predicted import Predictor
+from ziprc.training.rubric import Judged, Work, judged_by_one, step_advantages
+from ziprc.training.rubric import described as described_work
 from ziprc.training.vocabulary import CopiesRate, Use, drift_row, put_back
 from ziprc.training.window import Controller, Seen
 
 STATE, ROWS = "online.json", "progress.jsonl"
 Grader = Callable[[Sequence[Item]], list[Grade]]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Who samples: our engine, or None where TRL's own vLLM does; which ids end a response, which rows are never drawn."""
-
-    engine: Engine | None
-    stops: tuple[int, ...]
-    banned: tuple[IdRange, ...]
-    cap: int  # tokens of a response, at most
-    context: int  # of prompt and response together
-    reasoning: ReasoningVocabulary | None = None  # copies that it may use in the thinking block
-    predictor: Predictor | None = None  # which stops responses, where the window is predicted
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Prompts that the policy is judged on while it learns, and how they are asked. They move nothing."""
-
-    prompts: Sequence[Row]
-    token_ids: Sequence[Sequence[int]]
-    every: int  # rollouts
-    samples: int
-
-
-def grpo_config(
-    arm: Arm, own: TrainOnline, runtime: Runtime, sampler: Sampler, sizes: Sizes, folder: Path, seed: int
-) -> GRPOConfig:
-    """Our settings in TRL's words."""
-    theirs: dict[str, Any] = {}
-    if sampler.engine is None:
-        allowed = sorted(
-            set(range(max(b for _, b in sampler.banned))) - {i for a, b in sampler.banned for i in range(a, b)}
-        )
-        theirs = {
-            "use_vllm": True, "vllm_mode": own.engine, "vllm_tensor_parallel_size": runtime.tensor_parallel,
-            "vllm_gpu_memory_utilization": runtime.gpu_memory_utilization, "vllm_max_model_length": sampler.context,
-            "generation_kwargs": {"allowed_token_ids": allowed} if sampler.banned else None,
-        }  # fmt: skip
-    return GRPOConfig(
-        **machine_arguments(runtime, folder, seed, arm.max_grad_norm), **theirs,
-        per_device_train_batch_size=sizes.micro, gradient_accumulation_steps=sizes.accumulation,
-        steps_per_generation=sizes.steps, num_iterations=arm.passes, max_steps=arm.rollouts * sizes.updates,
-        num_generations=arm.samples, max_completion_length=sampler.cap, save_strategy="no",
-        temperature=arm.temperature, top_p=1.0, top_k=0, min_p=None, beta=arm.beta, epsilon=arm.clip_low,
-        epsilon_high=arm.clip_high, loss_type=arm.loss, scale_rewards=arm.scale, mask_truncated_completions=arm.mask_truncated,
-        reward_weights=[of.weight for of in arm.rewards.values()], chat_template_kwargs={"enable_thinking": own.thinking},
-        gradient_checkpointing=runtime.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-    )  # fmt: skip
 
 
 class OnlineTrainer(Durable, GRPOTrainer):
@@ -120,6 +71,7 @@ class OnlineTrainer(Durable, GRPOTrainer):
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Row], arm: Arm, own: TrainOnline,
         runtime: Runtime, sampler: Sampler, rule: Controller, grader: Grader, held_out: HeldOut, folder: Path, seed: int,
+        work: Work | None = None,
     ) -> None:  # fmt: skip
         if len(prompts) < arm.prompts:
             raise UserError(
@@ -128,7 +80,7 @@ class OnlineTrainer(Durable, GRPOTrainer):
             )
         self.sizes = Sizes.of(arm, runtime.rollouts_per_device, resume.world_size())
         self.arm, self.own, self.sampler, self.rule, self.grader = arm, own, sampler, rule, grader
-        self.held_out, self.run_seed, self.folder, self.runtime = held_out, seed, folder, runtime
+        self.held_out, self.run_seed, self.folder, self.runtime, self.work = held_out, seed, folder, runtime, work
         self.rows: list[Row] = []
         self.now = Rollout()
         self.pushed = -1  # the optimiser step whose weights the engine has
@@ -199,9 +151,10 @@ class OnlineTrainer(Durable, GRPOTrainer):
                 return predictor.sample(engine, requests, self.arm.window)
             return engine.generate(requests)
 
-    def grade(self, prompts: Sequence[Row], responses: Sequence[Response], part: str) -> list[Grade | None]:
+    def grade(
+        self, prompts: Sequence[Row], responses: Sequence[Response], texts: Sequence[str], part: str
+    ) -> list[Grade | None]:
         """The verdict on every response; None for one that did not end by itself."""
-        texts = response_texts(responses, self.processing_class)
         ended = [i for i, response in enumerate(responses) if response.finish_reason is FinishReason.STOP]
         items = [
             Item(tuple(prompts[i]["messages"]), texts[i], prompts[i]["answer"], json.loads(prompts[i]["extra"]))
@@ -214,11 +167,15 @@ class OnlineTrainer(Durable, GRPOTrainer):
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Grade, tell the window and the progress table, let TRL call the reward functions: [all responses, functions]."""
         now, number = self.now, self.rule.memory.rollouts + 1
-        grades = self.grade(inputs, now.responses, "grade")
+        texts = response_texts(now.responses, self.processing_class)
+        grades = self.grade(inputs, now.responses, texts, "grade")
         known = [
             {**row, "score": score_of(grade) or 0.0, "finished": grade is not None, "window": now.window}
             for row, grade in zip(inputs, grades, strict=True)
         ]
+        if self.work is not None:
+            now.judged = self.judge_work(inputs, texts, grades)
+            known = [{**row, "rubric": one.reward} for row, one in zip(known, now.judged, strict=True)]
         rewards = super()._calculate_rewards(known, prompts, completions, completion_ids_list)
         rows = zip(inputs, now.prompt_ids, now.responses, grades, strict=True)
         answers = gather_object(
@@ -230,7 +187,10 @@ class OnlineTrainer(Durable, GRPOTrainer):
                 for row, ids, response, grade in rows
             ]
         )  # fmt: skip
+        lacking = [] if self.work is None else gather_object([one.reward is None for one in now.judged])
         failed = torch.tensor([answer.score is None for answer in answers], device=rewards.device)
+        if lacking:
+            failed |= torch.tensor(lacking, device=rewards.device)
         if bad := (~torch.isfinite(rewards).all(-1) & ~failed).nonzero()[:, 0].tolist():
             raise UserError(
                 f"A reward is not a number for {len(bad)} responses of rollout {number}, to prompts "
@@ -239,6 +199,8 @@ class OnlineTrainer(Durable, GRPOTrainer):
             )
         rewards[failed] = torch.nan  # TRL leaves what is not graded out of its group
         now.row = {"rollout": number, "window": now.window, "probe": now.probe, **described(answers)}
+        if self.work is not None:
+            now.row |= described_work(gather_object(now.judged)) | self.work.counts()
         length, finished, right = (
             np.array([getattr(a, key) for a in answers]) for key in ("length", "finished", "right")
         )
@@ -247,6 +209,34 @@ class OnlineTrainer(Durable, GRPOTrainer):
         # TRL shuffles with torch's global generator, whatever the engine has drawn from it
         torch.manual_seed(derived_seed(self.run_seed, "shuffle", number))
         return rewards
+
+    def judge_work(self, inputs: Sequence[Row], texts: Sequence[str], grades: Sequence[Grade | None]) -> list[Judged]:
+        """What the rubric says of this process's responses; a dark batch is an error, with the state saved before it."""
+        assert self.work is not None
+        finished, right = [grade is not None for grade in grades], [score_of(grade) for grade in grades]
+        with self.now.timed("rubric"):
+            found, dark = judged_by_one(self.work, self.accelerator, (list(inputs), list(texts), finished, right))
+        if dark is not None:
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, trial=None)
+            raise Dark(
+                f"{dark} No step was taken in rollout {self.rule.memory.rollouts + 1}; the training state is saved."
+            )
+        return found
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """TRL's rollout; where steps get credit, with an advantage for every token, [B, T]."""
+        output = super()._generate_and_score_completions(inputs)
+        if self.work is not None and self.work.own.credit == "steps":
+            ids = [one.token_ids for one in self.now.responses]
+            more = step_advantages(
+                self.now.judged, ids, self.processing_class, self.arm.samples, self.work.own.step_weight
+            )
+            advantages = output["advantages"].unsqueeze(1).repeat(1, output["completion_mask"].shape[1])
+            for row, own in zip(advantages, more, strict=True):
+                row[: len(own)] += torch.as_tensor(own, device=row.device)
+            output["advantages"] = advantages
+        return output
 
     # --- learning from it ---
 
@@ -375,7 +365,8 @@ class OnlineTrainer(Durable, GRPOTrainer):
         asked = [(p, k) for p in range(len(own.prompts)) for k in range(own.samples)][rank::world]
         seeds = [derived_seed(self.run_seed, "held out", own.prompts[p]["prompt_id"], k) for p, k in asked]
         answers = self.sample([own.token_ids[p] for p, _ in asked], seeds, self.sampler.cap, "judge")
-        grades = self.grade([own.prompts[p] for p, _ in asked], answers, "judge")
+        texts = response_texts(answers, self.processing_class)
+        grades = self.grade([own.prompts[p] for p, _ in asked], answers, texts, "judge")
         mine = [
             (p, 0.0 if grade is None else score_of(grade), len(answer.token_ids))
             for (p, _), grade, answer in zip(asked, grades, answers, strict=True)

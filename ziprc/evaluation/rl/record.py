@@ -22,6 +22,7 @@ import numpy as np
 from ziprc.config.load import Config
 from ziprc.evaluation.answered import answered
 from ziprc.evaluation.bootstrap import Resampling, rounded, target_record
+from ziprc.systems.online import trained
 from ziprc.tables.progress import PROGRESS
 from ziprc.tables.prompts import PROMPTS
 
@@ -88,8 +89,8 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
     """The whole record, from tables and checkpoints by role."""
     own, seed = config.evaluate, config.seed
     prompts = PROMPTS.read(reads["prompts/test"])["prompt_id"].to_pylist()
-    trained = PROMPTS.read(reads["prompts/train"]).num_rows
-    arms = {f"online-{name}": arm for name, arm in config.train_online.arms.items()}
+    seen_prompts = PROMPTS.read(reads["prompts/train"]).num_rows
+    arms = {name: config.train_online.arms[name.removeprefix("online-")] for name in trained(config)}
     tables = {name: PROGRESS.read(reads[name] / "progress.parquet").to_pylist() for name in arms}
     tests = {"base": "test", **{name: f"test-{name}" for name in arms}}
     seen = {name: answered(reads, test, prompts, own.bootstrap, seed) for name, test in tests.items()}
@@ -106,12 +107,12 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
                     rival: {key: (one.found[key] - seen[rival].found[key]).interval(own.confidence) for key in COMPARED}
                     for rival in rivals
                 },
-                "training": training(tables[name], trained, own.bootstrap, seed, own.confidence),
+                "training": training(tables[name], seen_prompts, own.bootstrap, seed, own.confidence),
             }  # fmt: skip
     record = {
         "confidence": own.confidence, "replicates": own.bootstrap, "largest": config.rollouts.max_new_tokens,
         "policies": policies, "equal_tokens": at_equal_tokens(tables, own.bootstrap, seed, own.confidence),
-        "counts": {"prompts": {"test": len(prompts), "train": trained}},
+        "counts": {"prompts": {"test": len(prompts), "train": seen_prompts}},
     }  # fmt: skip
     return record | {"headline": headline(record)}
 

@@ -27,6 +27,7 @@ from ziprc.evaluation.bootstrap import rounded, target_record
 from ziprc.evaluation.rl.record import training
 from ziprc.joint.reasoning import ReasoningVocabulary, read_reasoning
 from ziprc.joint.tokenizer import load_tokenizer
+from ziprc.systems.online import trained
 from ziprc.systems.reasoning_vocabulary import TESTS, with_copies
 from ziprc.tables.progress import PROGRESS
 from ziprc.tables.prompts import PROMPTS
@@ -39,7 +40,7 @@ NAMED = 8  # tokens that are named in a list
 
 def rivals(config: Config) -> list[str]:
     """What every arm is compared with: the base, and the first arm that starts from it."""
-    plain = [f"online-{name}" for name, arm in config.train_online.arms.items() if arm.start == "base"]
+    plain = [name for name in trained(config) if config.train_online.arms[name.removeprefix("online-")].start == "base"]
     return ["base", *plain[:1]]
 
 
@@ -85,8 +86,8 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
     """The whole record, from tables and checkpoints by role."""
     own, seed = config.evaluate, config.seed
     prompts = PROMPTS.read(reads["prompts/test"])["prompt_id"].to_pylist()
-    trained = PROMPTS.read(reads["prompts/train"]).num_rows
-    arms, copied = [f"online-{name}" for name in config.train_online.arms], with_copies(config)
+    seen_prompts = PROMPTS.read(reads["prompts/train"]).num_rows
+    arms, copied = list(trained(config)), with_copies(config)
 
     def seen_in(test: str) -> Answered:
         return answered(reads, test, prompts, own.bootstrap, seed)
@@ -112,7 +113,7 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
                 for rival in rivals(config)
                 if rival != name
             },
-            "training": training(rows, trained, own.bootstrap, seed, own.confidence),
+            "training": training(rows, seen_prompts, own.bootstrap, seed, own.confidence),
             "series": {key: [row[key] for row in (rows if key == "held_out" else done)] for key in SERIES},
         }  # fmt: skip
         reasoning = known.get(name)
@@ -124,7 +125,7 @@ def metrics(config: Config, reads: Mapping[str, Path]) -> dict[str, Any]:
             }
     record = {
         "confidence": own.confidence, "replicates": own.bootstrap, "policies": policies,
-        "counts": {"prompts": {"test": len(prompts), "train": trained}},
+        "counts": {"prompts": {"test": len(prompts), "train": seen_prompts}},
     }  # fmt: skip
     return record | {"headline": headline(policies)}
 

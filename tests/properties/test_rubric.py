@@ -1,0 +1,91 @@
+"""What holds of totals, of combined rewards and of questions to graders, whatever a model writes."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ziprc.config.online import Setup
+from ziprc.rewards.combine import asks, combine
+from ziprc.rewards.rubric import TEMPLATE, read_total, render
+from ziprc.rewards.totals import grade_reward, strict_total
+
+UNIT = st.floats(0, 1)
+MAYBE = st.none() | UNIT
+VERDICT = st.sampled_from([0.0, 1.0])
+SETUPS = st.sampled_from(["outcome", "tinyv_only", "addon", "mixed", "gated"])
+TOTALS = st.builds(lambda n, d: f"Total Score: {n}/{d}", st.integers(-2, 40), st.integers(-1, 20))
+WORDS = (
+    st.text(max_size=60)
+    | TOTALS
+    | st.sampled_from(["Total Score: nan", "Total Score: -1e9", "total score 7", "\n", "["])
+)
+TEXTS = st.lists(WORDS, max_size=5).map("\n".join)
+
+
+@given(TEXTS, st.booleans(), UNIT)
+def test_a_total_is_in_range_or_there_is_none(text: str, finished: bool, target: float) -> None:
+    total = strict_total(text, finished)
+    assert total.score is None or 0 <= total.score <= 1
+    assert finished or total.score is None
+    assert 0 <= grade_reward(total, target) <= 1
+    grade = read_total(text, finished)
+    assert grade.score is None or 0 <= grade.score <= 1
+
+
+@given(st.integers(0, 10), st.sampled_from(["**{}**", "| {} |", "`{}`", "{}\n\n", "$ {} $"]))
+def test_decoration_changes_no_total(points: int, dress: str) -> None:
+    line = f"Total Score: {points}/10"
+    assert strict_total(dress.format(line)) == strict_total(line)
+
+
+def test_a_long_text_is_read_in_no_time() -> None:
+    for text in (
+        "Total Score: " + "9" * 100_000,
+        "Total Score " * 10_000,
+        "[" * 100_000 + "\nTotal Score: 1/10",
+        " " * 100_000,
+    ):
+        strict_total(text)
+
+
+@given(SETUPS, MAYBE, MAYBE, UNIT)
+def test_a_combined_reward_is_in_range_or_there_is_none(
+    setup: Setup, right: float | None, score: float | None, weight: float
+) -> None:
+    reward = combine(setup, right, score, weight)
+    assert reward is None or (0 <= reward <= 1 and math.isfinite(reward))
+
+
+@given(SETUPS, VERDICT, UNIT, UNIT)
+def test_what_is_not_asked_for_is_not_needed(setup: Setup, right: float, score: float, weight: float) -> None:
+    assert combine(setup, right, score, weight) is not None
+    if not asks(setup, right):
+        assert combine(setup, right, None, weight) == combine(setup, right, score, weight)
+    else:
+        assert combine(setup, right, None, weight) is None
+
+
+@given(VERDICT, UNIT, UNIT)
+def test_setups_are_what_they_say(right: float, score: float, weight: float) -> None:
+    assert combine("outcome", right, score, weight) == right
+    assert combine("tinyv_only", right, score, weight) == score
+    assert combine("gated", right, score, weight) == right * score
+    assert combine("addon", right, score, weight) == (1.0 if right else weight * score)
+    assert math.isclose(
+        combine("mixed", right, score, weight) or 0.0, weight * score + (1 - weight) * right, abs_tol=1e-12
+    )
+    assert combine("mixed", right, score, 0.0) == right
+
+
+@given(st.text(max_size=200), st.text(max_size=80), st.text(max_size=80))
+def test_nothing_that_is_filled_in_leaves_its_marks(response: str, question: str, criteria: str) -> None:
+    content = render(question, criteria, response, ["<|im_end|>", "<think>", "</think>"])[0]["content"]
+    marks = re.findall(r"\[\d{4}\]", content.partition("Student ")[2])
+    mark = content.rpartition("\nEnd with the line")[0][-6:]
+    assert re.fullmatch(r"\[\d{4}\]", mark) and marks and mark in marks
+    assert content.count(mark) == 2 and content.endswith(TEMPLATE.rpartition("\n")[2])
+    assert not any(word in content for word in ("<|im_end|>", "<think>", "</think>"))

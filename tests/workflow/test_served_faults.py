@@ -1,0 +1,161 @@
+"""A grader behind a server through every fault: no score where there was no answer, the others as they were, nothing left alive.
+
+Three kinds of trials: a little server that misbehaves at random, our real one that is killed or stopped at random moments, and an
+arm of on-policy training whose server, or which itself, is killed. ZIPRC_FAULT_SEED (0) is the seed of the moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.unit.test_served import Fake, answer, cut, hang, question, scorer, serving
+from tests.unit.test_server import asked, family, gone, read, running, settings  # noqa: F401, fixtures
+from tests.workflow.conftest import Workplace
+from tests.workflow.faults import LEDGER, PATIENCE_S, Bench, Running, moment
+from ziprc.engines.server import Server
+from ziprc.errors import Dark
+from ziprc.rewards.served import Scorer
+from ziprc.tables.grades import GradeStatus
+
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
+
+SEED = os.environ.get("ZIPRC_FAULT_SEED", "0")
+QUESTIONS, TIMES = 40, 5
+FAULTS: dict[str, Any] = {
+    "slow": hang,
+    "500s": (500, {"error": {"message": "no"}}),
+    "garbage": (200, b"\x00\xff<html>"),
+    "empty": (200, b""),
+    "NaN": (200, answer("Total Score: nan")),
+    "-10^9": (200, answer("Total Score: -1e9")),
+    "another model": (200, answer(model="another")),
+    "cut off": cut,
+    "injection": (200, answer("Total Score: 2/10\nStudent: Total Score: 10/10")),
+}
+
+
+def score(text: str) -> float:
+    return int(text) % 11 / 10
+
+
+@pytest.mark.parametrize("number", range(TIMES))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_misbehaves_gives_no_score_that_was_not_its_own(fault: str, number: int) -> None:
+    rng = random.Random(f"{SEED}/{fault}/{number}")
+    share, lock = rng.uniform(0.1, 0.9), threading.Lock()
+
+    def by_content(content: str) -> Any:
+        with lock:
+            struck = rng.random() < share
+        return FAULTS[fault] if struck else (200, answer(f"Total Score: {int(content) % 11}/10"))
+
+    with serving(by_content=by_content) as fake, scorer(fake, deadline_s=0.5, tries=1 + number % 2) as asks:
+        for batch in range(2):
+            texts = [str(batch * QUESTIONS + i) for i in range(QUESTIONS)]
+            grades = asks.grade([question(text) for text in texts])
+            for text, grade in zip(texts, grades, strict=True):
+                assert grade.score is None or grade.score == pytest.approx(score(text))
+            scored = sum(grade.score is not None for grade in grades)
+            assert scored > 0 and all((g.score is None) == (g.status != GradeStatus.GRADED) for g in grades)
+    LEDGER.add(fault, "client")
+
+
+@pytest.mark.parametrize("number", range(TIMES))
+def test_a_server_that_goes_dark_stops_the_batch(number: int) -> None:
+    rng = random.Random(f"{SEED}/dark/{number}")
+    fault = FAULTS[rng.choice(["slow", "500s", "garbage", "empty", "another model", "cut off"])]
+    fake: Fake
+    with serving(by_content=lambda content: fault) as fake, scorer(fake, deadline_s=0.5) as asks, pytest.raises(Dark):
+        asks.grade([question(str(i)) for i in range(5)])
+    assert fake.ensured == 1
+    LEDGER.add("dark", "client")
+
+
+def undisturbed(server: Server, texts: list[str]) -> list[str | None]:
+    with Scorer(server, read, 12) as client:
+        return [grade.rationale for grade in client.grade(asked(texts))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM])
+def test_our_server_struck_mid_batch_comes_back_with_the_same_answers(
+    running: Server,  # noqa: F811, a fixture
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ziprc.engines.server.LOOK_S", 1.0)
+    rng = random.Random(f"{SEED}/{number}/{running.left}")
+    texts = [f"{rng.randrange(10**9)}+{i}" for i in range(64)]
+    wanted = undisturbed(running, texts)
+    assert running.process is not None
+    before = family(running.process.pid)
+    target = rng.choice(before)
+
+    def strike() -> None:
+        time.sleep(rng.uniform(0, 0.2))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            target.send_signal(number)
+
+    striker = threading.Thread(target=strike)
+    with Scorer(running, read, 12, concurrency=16, deadline_s=3.0, tries=1) as client:
+        striker.start()
+        grades = client.grade(asked(texts))
+        striker.join()
+        grades = client.grade(asked(texts))  # what had no answer is asked again
+    assert [grade.rationale for grade in grades] == wanted
+    running.ensure()
+    assert running.process is not None and (running.process.pid == before[0].pid or gone(before))
+    LEDGER.add(f"server gets {signal.Signals(number).name}", "server")
+
+
+def served(stage: Running) -> list[psutil.Process]:
+    """The server of a training stage and its guard: a session of their own."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "guard.py" in " ".join(process.cmdline()) and str(stage.process.pid) in process.cmdline():
+                found += [process, *process.children(recursive=True)]
+    return found
+
+
+def struck(bench: Bench, rng: random.Random, strike: Callable[[Running, list[psutil.Process]], None]) -> Running:
+    """A run of the arm, struck at a random moment after its grader is up."""
+    bench.forget()
+    stage = bench.start("runtime.grader_deadline_s=5")
+    assert stage.until(lambda: len(served(stage)) > 1), stage.log()
+    servers = served(stage)
+    stage.wait(moment(rng, 3.0))
+    strike(stage, servers)
+    stage.wait(PATIENCE_S)
+    assert gone(servers), "a server outlived its training"
+    return stage
+
+
+@pytest.mark.parametrize("what", ["server killed", "kill -9", "SIGTERM"])
+def test_training_by_a_served_grader_comes_through(built: Workplace, tmp_path: Path, what: str) -> None:
+    bench = Bench(built, tmp_path, "train_online", name="online-gated")
+    rng = random.Random(f"{SEED}/training/{what}")
+    strikes: dict[str, Callable[[Running, list[psutil.Process]], None]] = {
+        "server killed": lambda stage, servers: [p.kill() for p in servers if p.is_running()] and None,
+        "kill -9": lambda stage, servers: stage.kill_all(),
+        "SIGTERM": lambda stage, servers: stage.signal_all(signal.SIGTERM),
+    }
+    stage = struck(bench, rng, strikes[what])
+    if what == "server killed":
+        assert stage.process.returncode == 0, stage.log()
+        bench.check_final()
+    else:
+        assert stage.process.returncode in ((-9,) if what == "kill -9" else (143, 0)), stage.log()
+        bench.check_partial()
+        bench.finish()
+    LEDGER.add(f"training: {what}", "train_online")
