@@ -37,7 +37,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install smoke all why unlock verify dag provenance doctor fetch inspect config image stages lint format lock clean
-.PHONY: test test-slow test-faults test-cluster test-containers
+.PHONY: test test-slow test-faults test-cluster test-containers .test-unit .test-beside
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,8 +105,12 @@ config: install ## write docs/config.md and the editors' schema from the descrip
 image: ## build the container image of ACCELERATOR (BUILDER=docker, podman, buildah or apptainer)
 	@ACCELERATOR=$(ACCELERATOR) containers/build.sh
 
+# Two halves, a core each: `unit`, and every other folder. What each has said is shown as a whole when it ends.
 test: install ## the tests, under ten minutes
-	@OMP_NUM_THREADS=1 python -m pytest -m "not slow"
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target .test-unit .test-beside
+
+.test-unit .test-beside:
+	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" $(if $(@:.test-unit=),--ignore=tests/unit,tests/unit)
 
 test-slow: install ## the long layer: whole workflows, kills, reruns
 	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not faults and not cluster and not containers"
