@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.doubles import PLANNED
 from tests.workflow.conftest import MICRO, ROOT, Workplace, environment
@@ -40,8 +41,19 @@ def dry_run(folder: Path, experiment: str, *more: str) -> str:
     return answer.stdout + answer.stderr
 
 
-def test_a_dry_run_plans_every_artifact(experiment: str, tmp_path: Path) -> None:
-    plan = dry_run(tmp_path, experiment)
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a dry run says of a suite of them all: Snakemake is started and reads the rules once instead of for each."""
+    folder = tmp_path_factory.mktemp("plan")
+    own = folder / "own.yaml"
+    own.write_text(yaml.safe_dump({**settings.load_yaml(CONFIG), "suites": {"planned": PLANNED}}, sort_keys=False))
+    command = [sys.executable, "-m", "ziprc", "build", "--suite", "planned", "--dry-run", "--config-file", str(own)]
+    answer = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return answer.stdout + answer.stderr
+
+
+def test_a_dry_run_plans_every_artifact(experiment: str, plan: str) -> None:
     graph = graph_of(settings.load(CONFIG, experiment), Layout(Path("results"), experiment))
     files = graph.files(graph.closure(goals_of(graph.config)))
     assert len(files) > (50 if "zip-rc" in graph.config.systems else 15) and all(str(path) in plan for path in files)
