@@ -49,12 +49,18 @@ def recipes(tree: Path) -> dict[str, list[object]]:
     return json.loads(found.stdout)
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, list[object]]:
+    """Those of the package as it is."""
+    return recipes(ROOT)
+
+
 def append(path: Path, text: str) -> None:
     path.write_text((path.read_text() if path.exists() else "") + text)
 
 
-def test_a_new_table_task_system_and_page_rerun_nothing(tree: Path) -> None:
-    before = recipes(tree)
+def test_a_new_table_task_system_and_page_rerun_nothing(tree: Path, before: dict[str, list[object]]) -> None:
+    assert recipes(tree) == before, "a copy has the recipes of its original"
     assert len(before) > 30
     table = (tree / "ziprc" / "tables" / "values.py").read_text()
     append(tree / "ziprc" / "tables" / "extra.py", table.replace("VALUES", "EXTRA").replace('"values"', '"extra"'))
@@ -85,8 +91,9 @@ def test_a_new_table_task_system_and_page_rerun_nothing(tree: Path) -> None:
         ("workflow/launch", set(), {"prompts train", "train_joint ziprc"}),
     ],
 )
-def test_changed_code_reruns_what_runs_it(tree: Path, module: str, touched: set[str], untouched: set[str]) -> None:
-    before = recipes(tree)
+def test_changed_code_reruns_what_runs_it(
+    tree: Path, before: dict[str, list[object]], module: str, touched: set[str], untouched: set[str]
+) -> None:
     append(tree / "ziprc" / f"{module}.py", "\nADDED = 1\n")
     after = recipes(tree)
     moved = {ref for ref in before if before[ref] != after[ref]}
