@@ -36,12 +36,13 @@ def test_kl_of_the_final_head_reruns_that_head_and_what_depends_on_it(built: Wor
 
 
 def test_a_grader_change_reruns_grades_and_below(built: Workplace) -> None:
-    assert stages(built.planned("grades.rule=countdown")) == {
+    jobs = built.planned("grades.rule=countdown")
+    assert stages(jobs) == {
         "grades", "train_joint", "values", "introspection", "rollouts", "baselines", "train_critic", "qvalues",
         "train_policy", "guided", "train_online", "warm_up", "assessments", "gradings", "train_grader",
         "evaluate", *SAMPLERS,
     }  # fmt: skip
-    assert not any(job.startswith("rollouts: responses for train") for job in built.planned("grades.rule=countdown"))
+    assert not any(job.startswith("rollouts: responses for train") for job in jobs)
 
 
 def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> None:
