@@ -37,7 +37,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install smoke all why unlock verify dag provenance doctor fetch inspect config image stages lint format lock clean
-.PHONY: test test-slow test-faults test-cluster test-containers .test-unit .test-beside
+.PHONY: test test-slow test-faults test-cluster test-containers .test-unit .test-beside .slow-params .slow-beside
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,8 +112,15 @@ test: install ## the tests, under ten minutes
 .test-unit .test-beside:
 	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" $(if $(@:.test-unit=),--ignore=tests/unit,tests/unit)
 
+# Two halves as well; the experiment that both start from is built by the first to need it.
 test-slow: install ## the long layer: whole workflows, kills, reruns
-	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not faults and not cluster and not containers"
+	@own=$$(mktemp -d); trap "rm -rf $$own" EXIT; export ZIPRC_BUILT=$${ZIPRC_BUILT:-$$own}; \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target .slow-params .slow-beside
+
+SLOW_HALF := tests/workflow/test_params.py tests/workflow/test_nodes.py
+.slow-params .slow-beside:
+	@OMP_NUM_THREADS=1 python -m pytest -m "slow and not faults and not cluster and not containers" \
+	  $(if $(@:.slow-params=),$(SLOW_HALF:%=--ignore=%),$(SLOW_HALF))
 
 test-faults: install ## every stage through every fault; prints the table of trials
 	@OMP_NUM_THREADS=1 python -m pytest tests/workflow -m faults
