@@ -107,6 +107,7 @@ class Bench:
         self.target = self.context.target
         # The report shows times, so what is wanted of it, as of another setting, is what the first undisturbed run makes.
         self.wanted = {} if overrides or stage == "report" else self.found()
+        self.bytes = sum(path.stat().st_size for path in described_files(self.manifest))
         self.forget()
 
     @property
@@ -450,11 +451,6 @@ def fill(filler: Path, leave: int) -> None:
     """Write to the disk until `leave` bytes are free, in whole pages."""
     stat = os.statvfs(filler.parent)
     filler.write_bytes(b"\0" * max(0, stat.f_bavail * stat.f_frsize - leave // PAGE * PAGE))
-
-
-def output_bytes(bench: Bench) -> int:
-    """Size of the artifact that is there."""
-    return sum(path.stat().st_size for path in described_files(bench.manifest))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 Trials that need processes run in the background, as many at a time as there are cores; each test waits for its own.
 `make test-faults` prints the table of trials at the end. ZIPRC_FAULT_SEED (0) is the seed of the random moments,
-ZIPRC_FAULT_KILLS (8) how often each stage is killed.
+ZIPRC_FAULT_KILLS (8) how often each stage is killed. Below 4, as in .ci/run, what no stage has code of its own for is tried
+on one stage of each KIND alone.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ from ziprc.systems import STAGES as ALL_STAGES
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 SEED = os.environ.get("ZIPRC_FAULT_SEED", "0")
-KILLS, CHAINS = int(os.environ.get("ZIPRC_FAULT_KILLS", "8")), 2
-VLLM_KILLS = 4
+KILLS = int(os.environ.get("ZIPRC_FAULT_KILLS", "8"))
+CHAINS = 2 if KILLS >= 4 else 1  # so that there are always some in a row
+# A table, a table in pieces, a training, a checkpoint in one go, a page. Which of two processes writes is settled by the lock
+# that `perform` takes before the code of a stage is reached; and that nothing goes on alone is another trial than kill -9 only
+# where a stage starts processes.
+KINDS = ("grades", "rollouts", "train_joint", "expand", "report")
+SHARED = STAGES if KILLS >= 4 else KINDS
+VLLM_KILLS = min(KILLS, 4)
 VLLM = ("rollouts.engine=vllm",)
 ENGINES = ("rollouts", "samples")  # stages that generate
-LOST_WORKERS = 3
+LOST_WORKERS = min(KILLS, 3)
 Fault = Callable[[Bench, random.Random], None]
 FAULTS: dict[str, Fault] = {
     "kill": lambda bench, rng: faults.kill(bench, rng, KILLS, CHAINS),
@@ -111,10 +118,10 @@ def begin(bench: Bench) -> str:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_leaves_nothing_half_and_says_so(bench: Bench) -> None:
     with faults.small_disk(bench) as filler:
-        make(bench)
-        bench.check_final()
-        half = faults.output_bytes(bench) // 2
-        for leave in (0, half):
+        if not bench.wanted:
+            make(bench)
+            bench.check_final()
+        for leave in (0, bench.bytes // 2):
             bench.forget()
             faults.fill(filler, leave)
             faults.refused(lambda: make(bench), "MiB free", "Free some space")
@@ -174,7 +181,7 @@ def test_kill_9_loses_nothing(trial: tuple[str, str], trials: Trials) -> None:
     trials[trial].result()
 
 
-@every("kill-main")
+@every("kill-main", SHARED)
 def test_what_a_stage_has_started_ends_with_it(trial: tuple[str, str], trials: Trials) -> None:
     trials[trial].result()
 
@@ -184,7 +191,7 @@ def test_a_preempted_stage_saves_exits_and_goes_on(trial: tuple[str, str], trial
     trials[trial].result()
 
 
-@every("two-at-once")
+@every("two-at-once", SHARED)
 def test_two_runs_at_once_have_one_writer(trial: tuple[str, str], trials: Trials) -> None:
     trials[trial].result()
 
