@@ -284,12 +284,13 @@ def kill(bench: Bench, rng: random.Random, kills: int, chains: int) -> None:
 def kill_main(bench: Bench, rng: random.Random) -> None:
     """SIGKILL to the stage's own process alone: what it has started must not go on by itself."""
     seconds = bench.timed()
-    running = bench.start()
+    with_workers = ["runtime.workers=2"] if bench.stage == "rollouts" else []
+    running = bench.start(*with_workers)
     running.wait(moment(rng, seconds))
     running.process.kill()
     running.ends()
     bench.check_partial()
-    bench.finish()
+    bench.finish(*with_workers)
     LEDGER.add("main killed", bench.stage)
 
 
