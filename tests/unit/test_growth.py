@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,7 @@ def test_a_new_table_task_system_and_page_rerun_nothing(tree: Path, before: dict
     append(tree / "ziprc" / "stages" / "extra.py", "def run(context: object) -> str:\n    return 'made'\n")
     append(tree / "ziprc" / "systems" / "extra.py", SYSTEM)
     registry = tree / "ziprc" / "systems" / "__init__.py"
-    text = registry.read_text().replace(
-        "COUNTDOWN_RL, REASONING_VOCABULARY)", "COUNTDOWN_RL, REASONING_VOCABULARY, EXTRA)"
-    )
+    text = re.sub(r"^(SYSTEMS = \(.*)\)$", r"\1, EXTRA)", registry.read_text(), flags=re.MULTILINE)
     registry.write_text(
         text.replace("from ziprc.systems.zip_rc", "from ziprc.systems.extra import EXTRA\nfrom ziprc.systems.zip_rc")
     )
