@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 
 from ziprc.engines.server import Address
-from ziprc.errors import Dark, UserError
+from ziprc.errors import Dark, Stopped, UserError
 from ziprc.rewards.rubric import read_total
 from ziprc.rewards.served import Scorer
 from ziprc.tables.grades import GradeStatus
@@ -83,8 +86,8 @@ def serving(**own: Any) -> Iterator[Fake]:
                 self.send_header("Content-Length", str(len(raw)))
                 self.end_headers()
                 self.wfile.write(raw)
-            except BrokenPipeError:
-                pass
+            except ConnectionError:  # whoever asked has left
+                self.close_connection = True
             finally:
                 with fake.lock:
                     fake.now -= 1
@@ -121,6 +124,27 @@ def cut(handler: BaseHTTPRequestHandler) -> None:
     handler.connection.close()
 
 
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    """A byte now and then, which is news enough for a timeout of the transport."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "5000")
+    handler.end_headers()
+    for _ in range(20):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def huge(handler: BaseHTTPRequestHandler) -> None:
+    """50 MB, of which no more than a few are read."""
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(50_000_000))
+    handler.end_headers()
+    for _ in range(50):
+        handler.wfile.write(b"x" * 1_000_000)
+
+
 def test_answers_come_in_order_and_are_read() -> None:
     def by_content(content: str) -> Any:
         return 200, answer(f"Total Score: {int(content) % 11}/10")
@@ -135,6 +159,7 @@ def test_equal_questions_are_asked_once_and_remembered() -> None:
         grades = asks.grade([question("a")] * 8 + [question("b")] * 3)
         again = asks.grade([question("b"), question("c")])
         assert asks.counts()["saved"] == 10
+        assert asks.totals == {"asked": 3, "saved": 10, "unscored": 0, "prompt_tokens": 0, "completion_tokens": 0}
     assert fake.seen == {"a": 1, "b": 1, "c": 1}
     assert {g.score for g in [*grades, *again]} == {0.7}
 
@@ -151,39 +176,53 @@ def test_a_deadline_begins_when_a_question_is_sent() -> None:
     assert {g.score for g in grades} == {0.7}
 
 
-@pytest.mark.parametrize(
-    ("step", "status"),
-    [
-        ((500, {"error": {"message": "no"}}), GradeStatus.UNSCORED),
-        ((503, b""), GradeStatus.UNSCORED),
-        ((429, {"error": {"message": "slower"}}), GradeStatus.UNSCORED),
-        ((401, {"error": {"message": "key"}}), GradeStatus.UNSCORED),
-        ((404, {"error": {"message": "no such model"}}), GradeStatus.UNSCORED),
-        ((400, {"error": {"message": "the maximum is 320 tokens"}}), GradeStatus.ERROR),
-        ((200, b"not json"), GradeStatus.UNSCORED),
-        ((200, b""), GradeStatus.UNSCORED),
-        ((200, b"[]"), GradeStatus.UNSCORED),
-        ((200, {"model": MODEL, "choices": []}), GradeStatus.UNSCORED),
-        ((200, {"model": MODEL}), GradeStatus.UNSCORED),
-        ((200, {"model": MODEL, "choices": [{"message": None}]}), GradeStatus.UNSCORED),
-        ((200, answer(model="another")), GradeStatus.UNSCORED),
-        ((200, answer(7)), GradeStatus.UNSCORED),
-        ((200, answer("")), GradeStatus.UNPARSEABLE),
-        ((200, answer(None)), GradeStatus.UNPARSEABLE),
-        ((200, answer("Total Score: nan")), GradeStatus.UNPARSEABLE),
-        ((200, answer("Total Score: -1000000000/10")), GradeStatus.UNPARSEABLE),
-        ((200, answer("x" * 20_000_000)), GradeStatus.UNPARSEABLE),
-        ((200, answer(reason="length")), GradeStatus.UNFINISHED),
-        (hang, GradeStatus.UNSCORED),
-        (cut, GradeStatus.UNSCORED),
-    ],
-    ids=str,
-)
+LOST, ERROR, UNREADABLE = GradeStatus.UNSCORED, GradeStatus.ERROR, GradeStatus.UNPARSEABLE
+TROUBLE: dict[str, tuple[Any, GradeStatus]] = {
+    "500": ((500, {"error": {"message": "no"}}), LOST),
+    "503": ((503, b""), LOST),
+    "429": ((429, {"error": {"message": "slower"}}), LOST),
+    "408": ((408, b""), LOST),
+    "401": ((401, {"error": {"message": "key"}}), LOST),
+    "404": ((404, {"error": {"message": "no such model"}}), LOST),
+    "400": ((400, {"error": {"message": "the maximum is 320 tokens"}}), ERROR),
+    "413": ((413, b""), ERROR),
+    "no JSON": ((200, b"not json"), LOST),
+    "no text": ((200, b"\x00\xff\xfe"), LOST),
+    "nothing": ((200, b""), LOST),
+    "a list": ((200, b"[]"), LOST),
+    "null": ((200, b"null"), LOST),
+    "deep": ((200, b"[" * 200_000), LOST),
+    "no choice": ((200, {"model": MODEL, "choices": []}), LOST),
+    "no choices": ((200, {"model": MODEL}), LOST),
+    "no message": ((200, {"model": MODEL, "choices": [{"message": None, "finish_reason": "stop"}]}), LOST),
+    "an error as an answer": ((200, {"error": {"message": "no"}}), LOST),
+    "another model": ((200, answer(model="another")), LOST),
+    "a number": ((200, answer(7)), LOST),
+    "a list of parts": ((200, answer([])), LOST),
+    "aborted": ((200, answer(reason="abort")), LOST),
+    "no reason": ((200, answer(reason=None)), LOST),  # type: ignore[arg-type]
+    "no words": ((200, answer("")), UNREADABLE),
+    "no content": ((200, answer(None)), UNREADABLE),
+    "NaN": ((200, answer("nan")), UNREADABLE),
+    "a total of NaN": ((200, answer("Total Score: nan")), UNREADABLE),
+    "a total of -10^9": ((200, answer("Total Score: -1e9")), UNREADABLE),
+    "-1000000000/10": ((200, answer("Total Score: -1000000000/10")), UNREADABLE),
+    "infinity": ((200, answer("Total Score: 1e999/10")), UNREADABLE),
+    "5 MB of words": ((200, answer("x" * 5_000_000)), UNREADABLE),
+    "50 MB": (huge, LOST),
+    "cut by its cap": ((200, answer(reason="length")), GradeStatus.UNFINISHED),
+    "late": (hang, LOST),
+    "dripping": (drip, LOST),
+    "cut off": (cut, LOST),
+}
+
+
+@pytest.mark.parametrize(("step", "status"), TROUBLE.values(), ids=TROUBLE)
 def test_trouble_is_no_score_and_costs_nobody_else_one(step: Any, status: GradeStatus) -> None:
     def by_content(content: str) -> Any:
         return step if content == "bad" else None
 
-    with serving(by_content=by_content) as fake, scorer(fake, deadline_s=0.6) as asks:
+    with serving(by_content=by_content) as fake, scorer(fake, deadline_s=0.8) as asks:
         bad, good = asks.grade([question("bad"), question("good")])
     assert (bad.status, bad.score) == (status, None)
     assert good.score == 0.7
@@ -191,10 +230,57 @@ def test_trouble_is_no_score_and_costs_nobody_else_one(step: Any, status: GradeS
 
 
 def test_trouble_that_passes_is_waited_for() -> None:
-    script = [(500, b""), (429, b"")]
-    with serving(script=script) as fake, scorer(fake, tries=3) as asks:
+    script = [(500, b""), (429, b""), (408, b"")]
+    with serving(script=script) as fake, scorer(fake, tries=4, deadline_s=30.0) as asks:
         assert asks.grade([question("a")])[0].score == 0.7
-    assert fake.seen["a"] == 3 and fake.ensured == 0
+    assert fake.seen["a"] == 4 and fake.ensured == 0
+
+
+def test_who_is_told_to_wait_waits_that_long() -> None:
+    times: list[float] = []
+
+    def later(handler: BaseHTTPRequestHandler) -> None:
+        times.append(time.monotonic())
+        handler.send_response(429)
+        handler.send_header("Retry-After", "1.5")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    def now(content: str) -> Any:
+        times.append(time.monotonic())
+
+    with serving(script=[later], by_content=now) as fake, scorer(fake, tries=2, deadline_s=30.0) as asks:
+        assert asks.grade([question("a")])[0].score == 0.7
+    assert times[1] - times[0] >= 1.4
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 401, 403, 404])
+def test_what_waiting_does_not_mend_is_asked_once(status: int) -> None:
+    def by_content(content: str) -> Any:
+        return (status, {"error": {"message": "no"}}) if content == "bad" else None
+
+    with serving(by_content=by_content) as fake, scorer(fake, tries=3, deadline_s=30.0) as asks:
+        bad = asks.grade([question("bad"), question("good")])[0]
+    assert bad.rationale is not None and str(status) in bad.rationale
+    assert fake.seen["bad"] == 1 + fake.ensured  # again only after a look at the server
+
+
+def test_words_that_break_the_reader_and_scores_that_are_none_are_no_scores() -> None:
+    class Loose:
+        score, status = float("nan"), GradeStatus.GRADED
+
+    def breaks(text: str, ended: bool) -> Any:
+        if "7" in text:
+            raise OverflowError("too much")
+        return Loose()
+
+    def by_content(content: str) -> Any:
+        return (200, answer(content))
+
+    with serving(by_content=by_content) as fake, Scorer(fake, breaks, 80, deadline_s=5.0, tries=1) as asks:
+        grades = asks.grade([question("7"), question("8")])
+    assert [(g.score, g.status) for g in grades] == [(None, UNREADABLE)] * 2
+    assert "too much" in (grades[0].rationale or "") and "nan" in (grades[1].rationale or "")
 
 
 def test_a_failure_is_not_remembered() -> None:
@@ -223,6 +309,87 @@ def test_a_server_that_cannot_be_brought_back_is_an_error() -> None:
     refusing = serving(by_content=lambda content: (500, b""), on_ensure=gone)
     with refusing as fake, scorer(fake) as asks, pytest.raises(Dark, match="died too often"):
         asks.grade([question("a")])
+
+
+def test_some_answers_without_a_server_are_kept_and_the_rest_has_no_score(capsys: pytest.CaptureFixture[str]) -> None:
+    def gone() -> None:
+        raise UserError("it has died too often")
+
+    def by_content(content: str) -> Any:
+        return (500, b"") if content == "bad" else None
+
+    with serving(by_content=by_content, on_ensure=gone) as fake, scorer(fake) as asks:
+        grades = asks.grade([question("bad"), question("good")])
+        assert asks.totals["unscored"] == 1
+    assert [(g.score, g.status) for g in grades] == [(None, LOST), (0.7, GradeStatus.GRADED)]
+    said = capsys.readouterr().err
+    assert "1 of 2 questions" in said and "died too often" in said
+
+
+def test_nobody_listening_is_dark() -> None:
+    with serving() as fake:
+        pass
+    with scorer(fake) as asks, pytest.raises(Dark, match=r"Not one of 2 questions.*Connection"):
+        asks.grade([question("a"), question("b")])
+
+
+def test_no_proxy_is_asked_for_the_way_to_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with serving() as fake, scorer(fake) as asks:
+        assert asks.grade([question("a")])[0].score == 0.7
+
+
+def test_a_key_stands_in_no_message() -> None:
+    own = Address("http://127.0.0.1:1/v1", "secret-key", MODEL, {})
+    assert "secret-key" not in f"{own} {own!r}"
+    refusing = serving(by_content=lambda content: (401, {"error": {"message": "no"}}))
+    with refusing as fake, scorer(fake) as asks, pytest.raises(Dark) as caught:
+        fake.address = Address(fake.address.url, "secret-key", MODEL, {})
+        asks.grade([question("a")])
+    assert "secret-key" not in str(caught.value)
+
+
+def test_asking_needs_neither_torch_nor_vllm() -> None:
+    code = "import sys, ziprc.rewards.served; print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_signal_that_ends_training_ends_the_asking_too() -> None:
+    def end(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGALRM, end)
+    began = time.monotonic()
+    try:
+        with serving(pause=5.0) as fake, pytest.raises(Stopped), scorer(fake, deadline_s=60.0) as asks:
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            asks.grade([question("a"), question("b")])
+        assert time.monotonic() - began < 3
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_half_a_character_is_a_fact_about_the_question() -> None:
+    with serving() as fake, scorer(fake) as asks:
+        bad, good = asks.grade([question("\ud800"), question("a")])
+    assert (bad.status, good.score, fake.ensured) == (GradeStatus.ERROR, 0.7, 0)
+
+
+def test_threads_that_share_a_scorer_wait_for_each_other() -> None:
+    with serving(pause=0.02) as fake, scorer(fake) as asks:
+        found: list[float | None] = []
+        threads = [
+            threading.Thread(target=lambda: found.extend(g.score for g in asks.grade([question("a"), question("b")])))
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [0.7] * 8 and fake.seen == {"a": 1, "b": 1}
 
 
 def test_a_server_that_moved_is_found_at_its_new_address() -> None:
