@@ -1,7 +1,8 @@
 """A grader behind a server through every fault: no score where there was no answer, the others as they were, nothing left alive.
 
-Three kinds of trials: a little server that misbehaves at random, our real one that is killed or stopped at random moments, and an
-arm of on-policy training whose server, or which itself, is killed. ZIPRC_FAULT_SEED (0) is the seed of the moments.
+Four kinds of trials: a little server that misbehaves at random, our real one that is killed or stopped at random moments, a
+program with a server that is killed with -9, and an arm of on-policy training whose server, or which itself, is killed.
+ZIPRC_FAULT_SEED (0) is the seed of the moments.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.unit.test_served import Fake, answer, cut, hang, question, scorer, serving
-from tests.unit.test_server import asked, family, gone, read, running, settings  # noqa: F401, fixtures
-from tests.workflow.conftest import Workplace
+from tests.unit.test_served import Fake, answer, cut, drip, hang, huge, question, scorer, serving
+from tests.unit.test_server import asked, family, gone, program, read, running, server, settings  # noqa: F401, fixtures
+from tests.workflow.conftest import ROOT, Workplace
 from tests.workflow.faults import LEDGER, PATIENCE_S, Bench, Running, moment
+from ziprc.engines.base import EngineSettings
 from ziprc.engines.server import Server
 from ziprc.errors import Dark
+from ziprc.rewards.base import Grade
 from ziprc.rewards.served import Scorer
 from ziprc.tables.grades import GradeStatus
 
@@ -40,7 +46,10 @@ FAULTS: dict[str, Any] = {
     "NaN": (200, answer("Total Score: nan")),
     "-10^9": (200, answer("Total Score: -1e9")),
     "another model": (200, answer(model="another")),
+    "broken off": (200, answer("Total Score: 3/10", reason="abort")),
     "cut off": cut,
+    "dripping": drip,
+    "50 MB": huge,
     "injection": (200, answer("Total Score: 2/10\nStudent: Total Score: 10/10")),
 }
 
@@ -87,43 +96,145 @@ def undisturbed(server: Server, texts: list[str]) -> list[str | None]:
         return [grade.rationale for grade in client.grade(asked(texts))]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM])
-def test_our_server_struck_mid_batch_comes_back_with_the_same_answers(
-    running: Server,  # noqa: F811, a fixture
-    number: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("ziprc.engines.server.LOOK_S", 1.0)
-    rng = random.Random(f"{SEED}/{number}/{running.left}")
-    texts = [f"{rng.randrange(10**9)}+{i}" for i in range(64)]
-    wanted = undisturbed(running, texts)
-    assert running.process is not None
-    before = family(running.process.pid)
-    target = rng.choice(before)
+def texts_of(rng: random.Random) -> list[str]:
+    return [f"{rng.randrange(10**9)}+{i}" for i in range(64)]
 
-    def strike() -> None:
+
+def check(grades: list[Grade], wanted: list[str | None]) -> None:
+    """Where there is a score, it is for the words of an undisturbed run."""
+    for grade, words in zip(grades, wanted, strict=True):
+        assert grade.score is None or grade.rationale == words
+        assert grade.status in (GradeStatus.GRADED, GradeStatus.UNSCORED)
+
+
+def strike(rng: random.Random, target: psutil.Process, number: int) -> threading.Thread:
+    """Send the signal within the next moments."""
+
+    def wait_and_send() -> None:
         time.sleep(rng.uniform(0, 0.2))
         with contextlib.suppress(psutil.NoSuchProcess):
             target.send_signal(number)
 
-    striker = threading.Thread(target=strike)
+    striker = threading.Thread(target=wait_and_send)
+    striker.start()
+    return striker
+
+
+STRIKES = [
+    (signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGTERM, 0),
+    (signal.SIGTERM, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "whose"), STRIKES)
+def test_our_server_struck_mid_batch_comes_back_with_the_same_answers(
+    running: Server,  # noqa: F811, a fixture
+    number: int,
+    whose: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ziprc.engines.server.LOOK_S", 1.0)
+    rng = random.Random(f"{SEED}/{number}/{whose}/{running.left}")
+    texts = texts_of(rng)
+    wanted = undisturbed(running, texts)
+    assert running.process is not None
+    before = family(running.process.pid)
     with Scorer(running, read, 12, concurrency=16, deadline_s=3.0, tries=1) as client:
-        striker.start()
-        grades = client.grade(asked(texts))
+        striker = strike(rng, before[whose], number)
+        check(client.grade(asked(texts)), wanted)
         striker.join()
         grades = client.grade(asked(texts))  # what had no answer is asked again
     assert [grade.rationale for grade in grades] == wanted
     running.ensure()
-    assert running.process is not None and (running.process.pid == before[0].pid or gone(before))
-    LEDGER.add(f"server gets {signal.Signals(number).name}", "server")
+    assert running.process is not None and running.process.pid != before[0].pid and gone(before)
+    LEDGER.add(f"{('guard', 'server')[whose]} gets {signal.Signals(number).name}", "server")
 
 
-def served(stage: Running) -> list[psutil.Process]:
-    """The server of a training stage and its guard: a session of their own."""
+def test_a_server_that_may_not_come_back_stops_the_batch(
+    settings: EngineSettings,  # noqa: F811, a fixture
+    tmp_path: Path,
+) -> None:
+    rng = random.Random(f"{SEED}/for good")
+    texts = texts_of(rng)
+    with server(settings, tmp_path, restarts=0) as own:
+        wanted = undisturbed(own, texts)
+        assert own.process is not None
+        before = family(own.process.pid)
+        with Scorer(own, read, 12, concurrency=8, deadline_s=3.0, tries=1) as client:
+            striker = strike(rng, before[1], signal.SIGKILL)
+            with contextlib.suppress(Dark):  # struck before the first answer
+                check(client.grade(asked(texts)), wanted)
+            striker.join()
+            assert gone(before)
+            with pytest.raises(Dark, match="may not be restarted"):
+                client.grade(asked([f"{text}?" for text in texts]))
+    LEDGER.add("server gone for good", "server")
+
+
+def test_two_servers_at_once_do_not_mix_when_one_is_struck(
+    settings: EngineSettings,  # noqa: F811, a fixture
+    tmp_path: Path,
+) -> None:
+    rng = random.Random(f"{SEED}/two at once")
+    texts = texts_of(rng)
+    with (
+        ThreadPoolExecutor(2) as pool,
+        server(settings, tmp_path / "a") as one,
+        server(settings, tmp_path / "b") as two,
+    ):
+        assert len({one.address.url, two.address.url}) == len({one.address.key, two.address.key}) == 2
+        wanted = undisturbed(one, texts)
+        assert one.process is not None and two.process is not None
+        before, kept = family(one.process.pid), two.process.pid
+        with (
+            Scorer(one, read, 12, concurrency=16, deadline_s=5.0, tries=1) as struck_one,
+            Scorer(two, read, 12, concurrency=16, deadline_s=60.0, tries=1) as other,
+        ):
+            striker = strike(rng, before[1], signal.SIGKILL)
+            found = list(pool.map(lambda client: client.grade(asked(texts)), (struck_one, other)))
+            striker.join()
+        check(found[0], wanted)
+        assert [grade.rationale for grade in found[1]] == wanted
+        assert two.process is not None and two.process.pid == kept
+        processes = [*before, *family(one.process.pid), *family(two.process.pid)]
+    assert gone(processes)
+    LEDGER.add("two at once", "server")
+
+
+@pytest.mark.parametrize("number", range(TIMES))
+def test_a_program_killed_at_any_moment_leaves_no_server(
+    settings: EngineSettings,  # noqa: F811, a fixture
+    tmp_path: Path,
+    number: int,
+) -> None:
+    """While its server starts, or while it is asked."""
+    rng = random.Random(f"{SEED}/program/{number}")
+    asks = """
+    from tests.unit.test_server import asked, read
+    from ziprc.rewards.served import Scorer
+    with Scorer(running, read, TOKENS) as client:
+        while True:
+            client.grade(asked([str(time.monotonic_ns()) for _ in range(32)]))
+"""
+    command = [sys.executable, "-c", program(settings, tmp_path, "hf") + asks]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as parent:
+        while not (processes := guarded(parent.pid)):
+            assert parent.poll() is None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 6))
+        processes = guarded(parent.pid)
+        parent.kill()
+    assert processes and gone(processes) and not guarded(parent.pid)
+    LEDGER.add("kill -9", "a program")
+
+
+def guarded(parent: int) -> list[psutil.Process]:
+    """The servers of a program and their guards: sessions of their own."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "guard.py" in " ".join(process.cmdline()) and str(stage.process.pid) in process.cmdline():
+            command = process.cmdline()
+            if any(word.endswith("engines/guard.py") for word in command) and str(parent) in command:
                 found += [process, *process.children(recursive=True)]
     return found
 
@@ -132,8 +243,8 @@ def struck(bench: Bench, rng: random.Random, strike: Callable[[Running, list[psu
     """A run of the arm, struck at a random moment after its grader is up."""
     bench.forget()
     stage = bench.start("runtime.grader_deadline_s=5")
-    assert stage.until(lambda: len(served(stage)) > 1), stage.log()
-    servers = served(stage)
+    assert stage.until(lambda: len(guarded(stage.process.pid)) > 1), stage.log()
+    servers = guarded(stage.process.pid)
     stage.wait(moment(rng, 3.0))
     strike(stage, servers)
     stage.wait(PATIENCE_S)
