@@ -372,6 +372,26 @@ def test_a_signal_that_ends_training_ends_the_asking_too() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_body_without_end_is_not_read_to_its_end() -> None:
+    sent: list[int] = []
+
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(10**12))
+        handler.end_headers()
+        while True:
+            sent.append(handler.wfile.write(b" " * 1_000_000))
+
+    def by_content(content: str) -> Any:
+        return endless if content == "bad" else None
+
+    with serving(by_content=by_content) as fake, scorer(fake, deadline_s=60.0) as asks:
+        bad, good = asks.grade([question("bad"), question("good")])
+    assert good.score == 0.7 and bad.status == LOST and "more than 8 MiB" in (bad.rationale or "")
+    assert sum(sent) < 2 * 40_000_000  # twice, with what the sockets hold
+
+
 def test_half_a_character_is_a_fact_about_the_question() -> None:
     with serving() as fake, scorer(fake) as asks:
         bad, good = asks.grade([question("\ud800"), question("a")])

@@ -170,7 +170,10 @@ class Scorer:
                     GradeStatus.UNSCORED, f"no answer within {self.deadline_s:g} s (runtime.grader_deadline_s)"
                 )
             except Exception as error:
-                return ungraded(GradeStatus.UNSCORED, f"{type(error).__name__}: {error}")
+                cause = (
+                    f" ({error.__cause__!r})" if error.__cause__ else ""
+                )  # what OpenAI's client calls a connection error
+                return ungraded(GradeStatus.UNSCORED, f"{type(error).__name__}: {error}{cause}")
             self.waits.append(time.monotonic() - sent)
         return self._read(text, ended)
 
