@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from ziprc.config.online import Setup
 from ziprc.rewards.combine import asks, combine
 from ziprc.rewards.rubric import TEMPLATE, read_total, render
-from ziprc.rewards.totals import grade_reward, strict_total
+from ziprc.rewards.totals import best_constant, grade_reward, legacy_score, strict_total
 
 UNIT = st.floats(0, 1)
 MAYBE = st.none() | UNIT
@@ -23,6 +24,7 @@ WORDS = (
     | TOTALS
     | st.sampled_from(["Total Score: nan", "Total Score: -1e9", "total score 7", "\n", "["])
 )
+DRESSES = ["**{}**", "[{}]", "| {} |", "`{}`", "$ {} $", "_{}_", "  {}\t"]
 TEXTS = st.lists(WORDS, max_size=5).map("\n".join)
 
 
@@ -36,20 +38,49 @@ def test_a_total_is_in_range_or_there_is_none(text: str, finished: bool, target:
     assert grade.score is None or 0 <= grade.score <= 1
 
 
-@given(st.integers(0, 10), st.sampled_from(["**{}**", "| {} |", "`{}`", "{}\n\n", "$ {} $"]))
-def test_decoration_changes_no_total(points: int, dress: str) -> None:
-    line = f"Total Score: {points}/10"
-    assert strict_total(dress.format(line)) == strict_total(line)
+@given(st.integers(-2, 12), st.integers(-1, 12), st.lists(st.sampled_from(DRESSES), max_size=4), st.booleans())
+def test_decoration_changes_no_total(points: int, of: int, dresses: list[str], finished: bool) -> None:
+    line = f"Total Score: {points}/{of}"
+    dressed = line
+    for dress in dresses:
+        dressed = dress.format(dressed)
+    assert strict_total(f"1 4 ok 4\n{dressed}\n\n", finished) == strict_total(line, finished)
 
 
 def test_a_long_text_is_read_in_no_time() -> None:
+    began = time.monotonic()
     for text in (
         "Total Score: " + "9" * 100_000,
         "Total Score " * 10_000,
         "[" * 100_000 + "\nTotal Score: 1/10",
         " " * 100_000,
+        ("total" + " " * 190 + "\n") * 500,
+        *["Total Score" + " " * 185 + "x"] * 50,  # four seconds, while blanks were read in every way
     ):
-        strict_total(text)
+        assert strict_total(text).score in (None, 0.1)
+        legacy_score(text)
+    assert time.monotonic() - began < 2
+
+
+@given(st.text(max_size=300), st.integers(0, 100_000), st.sampled_from(["", "\nTotal Score: ", "\nTotal Score: 7/10"]))
+def test_no_text_breaks_a_reading(part: str, characters: int, end: str) -> None:
+    text = (part * (characters // max(1, len(part))))[:characters] + end
+    for scale in (None, 10.0):
+        total = strict_total(text, scale=scale)
+        assert total.score is None or (0 <= total.score <= 1 and math.copysign(1, total.score) == 1)
+        assert strict_total(text, False, scale).score is None
+    published = legacy_score(text)
+    assert published is None or published <= 1
+
+
+@given(st.lists(UNIT, min_size=1, max_size=20), UNIT)
+def test_no_constant_is_paid_more_than_the_best(targets: list[float], other: float) -> None:
+    def paid(value: float) -> float:
+        return sum((1 - abs(value - target)) ** 2 for target in targets) / len(targets)
+
+    value, mean = best_constant(targets)
+    assert value in targets and math.isclose(mean, paid(value), rel_tol=1e-9)
+    assert paid(other) <= mean + 1e-12
 
 
 @given(SETUPS, MAYBE, MAYBE, UNIT)

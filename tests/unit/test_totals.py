@@ -11,7 +11,7 @@ import pytest
 
 from ziprc.rewards.base import Item
 from ziprc.rewards.grade import GradeGrader
-from ziprc.rewards.totals import Reading, best_constant, grade_reward, legacy_score, strict_total
+from ziprc.rewards.totals import Reading, Total, best_constant, grade_reward, legacy_score, strict_total
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "score_parser.json").read_text())
 
@@ -69,6 +69,25 @@ def test_a_grader_is_paid_by_its_distance_and_nothing_for_words_without_a_total(
     assert of("<think>\nhm\n</think>\n\nTotal Score: 5/10", "0.5") == 1
     assert of("Total Score: nan", "1") == 0
     assert of("no total", "0.5") == 0
+
+
+def test_there_is_no_best_constant_of_scores_that_are_none() -> None:
+    for targets in ([], [7.0], [0.5, math.nan], [-0.1]):
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+            best_constant(targets)
+
+
+def test_a_total_has_a_score_exactly_when_it_was_read() -> None:
+    for reading, score in ((Reading.OK, None), (Reading.MISSING, 0.5), (Reading.OK, math.nan), (Reading.OK, 1.5)):
+        with pytest.raises(AssertionError):
+            Total(reading, score)
+
+
+@pytest.mark.parametrize("case", GOLDEN["rewards"], ids=range(len(GOLDEN["rewards"])))
+def test_published_rewards_are_what_the_published_reading_gives(case: dict[str, Any]) -> None:
+    score = legacy_score(case["text"])  # no bound, above or below: why ours is another
+    found = 0.0 if score is None else (1 - abs(score - case["target"])) ** 2
+    assert found == float(case["legacy_reward"]) or math.isclose(found, float(case["legacy_reward"]), rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("answer", ["7", "-0.1", "nan", "", None, "seven"])

@@ -24,6 +24,7 @@ _LINE = re.compile(
     rf" *(?:(?:/|out +of) *(?P<after>{_NUMBER}))? *(?:points?)?\.?",
     re.IGNORECASE,
 )
+_BLANKS = re.compile(r"[ \t\xa0]+")
 _DECORATION = re.compile(r"\\boxed *\{|[*_`|\[\]$}]")
 
 
@@ -44,6 +45,10 @@ class Total:
     reading: Reading
     score: float | None = None
 
+    def __post_init__(self) -> None:
+        assert (self.score is not None) == (self.reading is Reading.OK), f"score {self.score} with {self.reading}"
+        assert self.score is None or 0 <= self.score <= 1, f"score {self.score} outside [0, 1]"
+
 
 def strict_total(text: str, finished: bool = True, scale: float | None = None) -> Total:
     """The total of the last line that is not empty. `scale`: the only denominator that counts; None: any, 10 where none is."""
@@ -54,7 +59,7 @@ def strict_total(text: str, finished: bool = True, scale: float | None = None) -
     last = lines[-1].strip() if lines else ""
     if not marked:
         return Total(Reading.MISSING)
-    plain = " ".join(_DECORATION.sub(" ", last).replace("\xa0", " ").replace("\t", " ").split(" ")).strip()
+    plain = _BLANKS.sub(" ", _DECORATION.sub(" ", last)).strip()  # single blanks: _LINE has few ways to read them
     match = _LINE.fullmatch(plain) if len(last) <= LONGEST else None
     if match is None:
         return Total(Reading.MALFORMED)
@@ -89,8 +94,14 @@ def grade_reward(total: Total, target: float, failure: float = 0.0) -> float:
 
 
 def best_constant(targets: Sequence[float]) -> tuple[float, float]:
-    """The constant total that is paid most, to a hundredth, and its mean reward: what a grader has to beat."""
-    grid = np.linspace(0, 1, 101)
-    paid = ((1 - np.abs(grid[:, None] - np.asarray(targets, dtype=np.float64)[None])) ** 2).mean(1)
-    best = int(paid.argmax())
-    return float(grid[best]), float(paid[best])
+    """The constant total that is paid most (the least of several) and its mean reward: what a grader has to beat.
+
+    Exact: between two neighbouring targets the mean is a sum of convex functions, so no value there is paid more than both ends.
+    Raises ValueError for targets outside [0, 1], or none.
+    """
+    values, counts = np.unique(np.asarray(targets, dtype=np.float64), return_counts=True)
+    if not values.size or not (values[0] >= 0 and values[-1] <= 1):  # NaN is sorted to the end
+        raise ValueError(f"teachers' scores are in [0, 1], found {values[:1]} to {values[-1:]}")
+    paid = [float(counts @ (1 - np.abs(value - values)) ** 2 / counts.sum()) for value in values]
+    best = int(np.argmax(paid))
+    return float(values[best]), paid[best]
