@@ -1,216 +1,71 @@
-"""Mathematical answers, compared by math-verify in child processes that can be killed.
+"""Mathematical answers, compared by math-verify in child processes that can be killed (children.py).
 
-Symbolic comparison of text that a model wrote can take for ever or all memory (`9**9**9**9`). So the comparing runs in
-children (`python -m ziprc.rewards.math`), started once each, one item in flight per child. A child has a memory limit,
-and for every item a timer of CPU time, not of wall-clock, so that a loaded machine does not change grades; the timer's
-signal kills it. The parent sees the end of the pipe, records `timeout` or `error` for that item, and starts another.
-Model text travels as JSON; the only part of it that SymPy's parser is given consists of digits and operators.
+Of model text, the only part that SymPy's own parser is given consists of digits and operators.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-import logging
-import os
-import resource
-import selectors
-import signal
-import subprocess
 import sys
-import time
-from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ziprc.chat import visible_answer
 from ziprc.config.load import Config
-from ziprc.rewards.base import Grade, Item, graded, lacks_answer, ungraded
+from ziprc.rewards.base import Grade, Item, graded
+from ziprc.rewards.children import EXTRACTED_CHARACTERS, ChildGrader, outcome, serve, workers
 from ziprc.rewards.exact import canonical_text
-from ziprc.tables.grades import GradeStatus
-
-MEMORY_BYTES = 2 << 30  # address space of a child; SymPy and its parser need about 400 MiB
-START_S = 120.0  # imports on a machine that is busy with something else
-WALL_PER_CPU = 6.0  # a child that does not even use its CPU time is stopped after this many timeouts of wall-clock
-EXTRACTED_CHARACTERS = 200
-MOST_WORKERS = 8
-CHILD = (sys.executable, "-m", "ziprc.rewards.math")
 
 
-# --- the parent ------------------------------------------------------------------------------------------------------
-
-
-class _Child:
-    """One grading process and what it is busy with."""
-
-    def __init__(self, command: Sequence[str], timeout_s: float) -> None:
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [*command, str(timeout_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
-        self.ready = False
-        self.item: int | None = None
-        self.deadline = time.monotonic() + START_S
-
-    def send(self, item: int, payload: bytes, wall_s: float) -> None:
-        """Hand over one item. A child that is already gone is noticed at the end of its output, not here."""
-        self.item, self.deadline = item, time.monotonic() + wall_s
-        with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(payload)
-            self.stdin.flush()
-
-    def read(self) -> dict[str, Any] | None:
-        """The next message, or None when the child is gone (a cut line counts as gone)."""
-        line = self.stdout.readline()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def stop(self) -> int:
-        """End the process and return its exit status."""
-        self.process.kill()
-        status = self.process.wait()
-        for pipe in (self.stdin, self.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        return status
-
-
-class MathGrader:
-    """Right when math-verify finds the visible answer equal to the reference. A context manager: it owns processes."""
+class MathGrader(ChildGrader):
+    """Right when math-verify finds the visible answer equal to the reference."""
 
     name = "math"
+    command = (sys.executable, "-m", "ziprc.rewards.math")
 
-    def __init__(self, timeout_s: float, workers: int = 1, command: Sequence[str] = CHILD) -> None:
-        self.timeout_s, self.workers, self.command = timeout_s, workers, command
-        self.children: list[_Child] = []
+    def settled(self, item: Item) -> Grade | None:
+        answer = visible_answer(item.response)
+        if canonical_text(answer) == canonical_text(item.answer or ""):
+            return graded(1, answer[:EXTRACTED_CHARACTERS])  # the same text: nothing to work out
+        return None
 
-    def __enter__(self) -> MathGrader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for child in self.children:
-            child.stop()
-        self.children = []
-
-    def lacks(self, item: Item) -> str | None:
-        return lacks_answer(item)
-
-    def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grades in the order of the items; answers that differ as text go to child processes, each with its time limit."""
-        grades: dict[int, Grade] = {}
-        waiting: deque[int] = deque()
-        for i, item in enumerate(items):
-            answer = visible_answer(item.response)
-            if canonical_text(answer) == canonical_text(item.answer or ""):
-                grades[i] = graded(1, answer[:EXTRACTED_CHARACTERS])  # the same text: nothing to work out
-            else:
-                waiting.append(i)
-        while len(grades) < len(items):
-            while len(self.children) < min(self.workers, len(items) - len(grades)):
-                self.children.append(_Child(self.command, self.timeout_s))
-            for child in self.children:
-                if child.ready and child.item is None and waiting:
-                    i = waiting.popleft()
-                    texts = {"reference": items[i].answer, "answer": visible_answer(items[i].response)}
-                    child.send(i, json.dumps(texts).encode() + b"\n", self.timeout_s * WALL_PER_CPU)
-            self._collect(grades)
-        return [grades[i] for i in range(len(items))]
-
-    def _collect(self, grades: dict[int, Grade]) -> None:
-        """Wait for the next message, end or deadline of any child."""
-        with selectors.DefaultSelector() as selector:
-            active = [child for child in self.children if child.item is not None or not child.ready]
-            for child in active:
-                selector.register(child.stdout, selectors.EVENT_READ, child)
-            patience = max(0.0, min(child.deadline for child in active) - time.monotonic())
-            speaking = [key.data for key, _ in selector.select(patience)]
-        for child in speaking:
-            message = child.read()
-            if message is None:
-                self._bury(child, grades, overdue=False)
-            elif child.item is None:
-                child.ready = True
-            else:
-                if (score := message["score"]) is None:
-                    grades[child.item] = ungraded(GradeStatus.ERROR, message["why"])
-                else:
-                    grades[child.item] = graded(score, message["extracted"])
-                child.item = None
-        for child in active:
-            if child not in speaking and time.monotonic() >= child.deadline:
-                self._bury(child, grades, overdue=True)
-
-    def _bury(self, child: _Child, grades: dict[int, Grade], overdue: bool) -> None:
-        """Remove a dead or overdue child and record what that means for the item it had."""
-        status = child.process.wait() if not overdue else None
-        child.stop()
-        self.children.remove(child)
-        if not child.ready:
-            command = " ".join(self.command)
-            raise RuntimeError(f"the math grader's child `{command}` did not start (exit status {status})")
-        assert child.item is not None, "an idle child is not listened to"
-        if overdue or status == -signal.SIGPROF:
-            grades[child.item] = ungraded(GradeStatus.TIMEOUT, f"no verdict within {self.timeout_s:g} s")
-        else:
-            grades[child.item] = ungraded(GradeStatus.ERROR, f"the grading process ended with status {status}")
+    def question(self, item: Item) -> Mapping[str, Any]:
+        return {"reference": item.answer, "answer": visible_answer(item.response)}
 
 
 def grader(config: Config) -> MathGrader:
-    return MathGrader(config.grades.timeout_s, min(os.cpu_count() or 1, MOST_WORKERS))
+    return MathGrader(config.grades.timeout_s, workers())
 
 
 # --- the child -------------------------------------------------------------------------------------------------------
 
 
 def compare(reference: str, answer: str) -> dict[str, Any]:
-    """One comparison, in this process and without limits: {"score", "extracted", "why"}; score None is an error."""
+    """One comparison, in this process and without limits: an `outcome`, of which the score None is an error."""
     from math_verify import parse, verify
 
     marked = reference if "$" in reference or "\\boxed" in reference else f"${reference}$"
     gold = parse(marked, parsing_timeout=None)
     if not gold:
-        return {"score": None, "extracted": None, "why": f"math-verify cannot read the reference {reference!r}"}
+        return outcome(None, why=f"math-verify cannot read the reference {reference!r}")
     found = parse(answer, parsing_timeout=None)
-    extracted = str(found[-1])[:EXTRACTED_CHARACTERS] if found else None
+    extracted = str(found[-1]) if found else None
     why = None
     for g, f in itertools.product(gold, found):
         try:
             if verify(g, f, timeout_seconds=None, raise_on_error=True):
-                return {"score": 1.0, "extracted": extracted, "why": None}
+                return outcome(1.0, extracted)
         except Exception as error:  # the boundary to SymPy, which raises anything; recorded, never "wrong"
             why = f"comparison failed: {type(error).__name__}: {error}"
-    return {"score": None if why else 0.0, "extracted": extracted, "why": why}
+    return outcome(None if why else 0.0, extracted, why)
 
 
-def serve(timeout_s: float) -> None:
-    """Answer one JSON line per JSON line until the input ends. Whatever libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-    logging.disable(logging.CRITICAL)
+def warm_up() -> None:
+    """Compile the expressions that find answers."""
     from math_verify import parse
 
-    parse("$1$", parsing_timeout=None)  # compiles the regexes before the first timer runs
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    answers.write(b'{"ready": true}\n')
-    for line in sys.stdin.buffer:
-        item = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, timeout_s)
-        try:
-            verdict = compare(item["reference"], item["answer"])
-        except Exception as error:  # the same boundary, around parsing and printing; MemoryError, RecursionError, …
-            verdict = {"score": None, "extracted": None, "why": f"{type(error).__name__}: {error}"}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        answers.write(json.dumps(verdict).encode() + b"\n")
+    parse("$1$", parsing_timeout=None)
 
 
 if __name__ == "__main__":
-    serve(float(sys.argv[1]))
+    serve(compare, warm_up, float(sys.argv[1]))
