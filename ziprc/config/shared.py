@@ -107,12 +107,17 @@ class Judge(Section):
 class Grades(Section):
     """Is the answer right? The rule first; the judge, if there is one, for what the rule cannot settle."""
 
-    rule: Literal["exact", "math", "countdown", "none"] = Field("exact", description="grader; math: math-verify")
+    rule: Literal["exact", "math", "countdown", "gsm8k", "hendrycks", "prime", "by_source", "none"] = Field(
+        "exact", description="grader; math: math-verify; by_source: the usual one of the data set a prompt is from"
+    )
     style: Literal["strict", "field", "legacy"] = Field(
         "strict",
-        description="of the rule countdown: the answer is the expression, is written as models do, or as published",
+        description="of the rule countdown: the answer is the expression, is written as models do, or as published; legacy: "
+        "prime and by_source compare as published too",
     )
-    timeout_s: float = Field(5.0, gt=0, description="seconds for one answer; only math takes time")
+    timeout_s: float = Field(
+        5.0, gt=0, description="seconds for one answer; only algebra takes time: math, prime, by_source"
+    )
     judge: Judge | None = Field(None, description="null: the rule has the last word")
 
 

@@ -11,9 +11,10 @@ stands, also when it has no score: an answer that neither could read is not call
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from ziprc.tables.grades import GradeStatus
 
@@ -24,12 +25,22 @@ QUIET_S = 5.0  # shorter work shows no progress bar
 
 @dataclass(frozen=True)
 class Item:
-    """One finished response and what it is compared with. `extra` is what the task knows about the prompt."""
+    """One finished response and what it is compared with. `extra` is what the task knows about the prompt.
+
+    `source` is where the prompt is from: for rules that differ by it.
+    """
 
     messages: tuple[Mapping[str, str], ...]
     response: str
     answer: str | None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    @classmethod
+    def of(cls, prompt: Mapping[str, Any], response: str) -> Self:
+        """A response to a row of the table of prompts."""
+        extra = json.loads(prompt["extra"])
+        return cls(tuple(prompt["messages"]), response, prompt["answer"], extra, prompt.get("source", ""))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ pieces, so that a kill costs the verdicts of one piece, not of a whole night of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -50,10 +49,11 @@ def check_gradable(config: Config, prompts: Mapping[str, Row], source: Path) -> 
 
 
 def _check_needs(prompts: Mapping[str, Row], grader: str, lacks: Callable[[Item], str | None], source: Path) -> None:
-    lacking = {key: what for key, row in sorted(prompts.items()) if (what := lacks(_item(row, "")))}
+    lacking = {key: what for key, row in sorted(prompts.items()) if (what := lacks(Item.of(row, "")))}
     if lacking:
+        missing = first_few(list(dict.fromkeys(lacking.values())))
         raise UserError(
-            f"{source}: {len(lacking)} prompts lack {next(iter(lacking.values()))}, which the grader '{grader}' needs: "
+            f"{source}: {len(lacking)} prompts lack {missing}, which the grader '{grader}' needs: "
             f"{first_few(list(lacking))}. Mend or drop them, or choose another grader (grades.rule)."
         )
 
@@ -77,7 +77,7 @@ def grade_answers(config: Config, prompts: Mapping[str, Row], pieces: Pieces) ->
         progress(total, "grades", "answers", after_s=QUIET_S) as bar,
     ):
         for number in missing:
-            found = decide({(key, text): _item(prompts[key], text) for key, text in parts[number]}, rule, judge)
+            found = decide({(key, text): Item.of(prompts[key], text) for key, text in parts[number]}, rule, judge)
             rows = (
                 {"prompt_id": key, "answer": text, "grader": verdict.grader, **vars(verdict.grade)}
                 for (key, text), verdict in found.items()
@@ -88,10 +88,6 @@ def grade_answers(config: Config, prompts: Mapping[str, Row], pieces: Pieces) ->
         if judge:
             judge.check(verdict.grade for verdict in verdicts.values() if verdict.grader == judge.name)
     return verdicts
-
-
-def _item(prompt: Row, response: str) -> Item:
-    return Item(tuple(prompt["messages"]), response, prompt["answer"], json.loads(prompt["extra"]))
 
 
 def _verdict(row: dict[str, Any]) -> tuple[Answer, Verdict]:

@@ -97,10 +97,16 @@ def grader_modules(config: Config) -> list[str]:
     return [*rule, *(["ziprc.rewards.judge", engine_module(config)] if config.grades.judge else [])]
 
 
+OWN_KEYS = {
+    "math": ["grades.timeout_s"], "countdown": ["grades.style"], "prime": ["grades.timeout_s", "grades.style"],
+    "by_source": ["grades.timeout_s", "grades.style"],
+}  # fmt: skip
+
+
 def grading_keys(config: Config) -> list[str]:
     """Keys that decide a grade: a rule's own, and the judge's engine, which is that of the rollouts."""
-    timed = {"math": ["grades.timeout_s"], "countdown": ["grades.style"]}.get(config.grades.rule, [])
-    return ["grades.rule", "grades.judge", *timed, *(["rollouts.engine"] if config.grades.judge else [])]
+    own = OWN_KEYS.get(config.grades.rule, [])
+    return ["grades.rule", "grades.judge", *own, *(["rollouts.engine"] if config.grades.judge else [])]
 
 
 def check_grades(config: Config) -> None:

@@ -156,10 +156,7 @@ class OnlineTrainer(Durable, GRPOTrainer):
     ) -> list[Grade | None]:
         """The verdict on every response; None for one that did not end by itself."""
         ended = [i for i, response in enumerate(responses) if response.finish_reason is FinishReason.STOP]
-        items = [
-            Item(tuple(prompts[i]["messages"]), texts[i], prompts[i]["answer"], json.loads(prompts[i]["extra"]))
-            for i in ended
-        ]
+        items = [Item.of(prompts[i], texts[i]) for i in ended]
         with self.now.timed(part):
             found = dict(zip(ended, self.grader(items), strict=True))
         return [found.get(i) for i in range(len(responses))]
