@@ -590,12 +590,11 @@ def test_the_report_says_at_its_top_when_by_which_code_and_from_which_model_it_w
     config = {"seed": 3, "base": {"model": "org/model", "revision": None}}
     assert facts(config, layout, []) == ["no provenance", "base model org/model", "seed 3"]
     made = [record("base", "2026-02-01", "a" * 40), record("values", "2026-02-03", "b" * 40, "x.diff")]
-    old = record("report", "2025-01-01", "c" * 40)
     write_json(
         layout.checkpoint("base") / "ziprc.json",
         {"base": {"model": "org/model", "revision": "main", "commit": "d" * 40}},
     )
-    assert facts(config, layout, [*made, old]) == [
+    assert facts(config, layout, made) == [
         "2026-02-01 to 2026-02-03", f"commit {'b' * 12} with uncommitted changes, {'a' * 12}",
         f"base model org/model at {'d' * 40}", "seed 3",
     ]  # fmt: skip

@@ -227,7 +227,7 @@ for name in (module.name for module in pkgutil.iter_modules(ziprc.tasks.__path__
         for key, field in module.Settings.model_fields.items():
             assert field.description, (name, key)
         found.append(name)
-assert found == ["arithmetic", "countdown", "hub", "multiplication"], found
+assert found == ["arithmetic", "countdown", "hub", "multiplication", "worked"], found
 assert not {"torch", "datasets", "transformers"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", source], check=True)

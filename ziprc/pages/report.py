@@ -19,8 +19,9 @@ from ziprc.store.manifest import find_manifests
 
 
 def read_provenance(layout: Layout) -> list[Record]:
-    """How every artifact of an experiment came to be, as far as that is recorded."""
-    return [read_json(path) for path in sorted((layout.home / "provenance").glob("*.json"))]
+    """How every artifact of an experiment came to be, as far as that is recorded. An older report does not count."""
+    records = [read_json(path) for path in sorted((layout.home / "provenance").glob("*.json"))]
+    return [record for record in records if record["stage"] != "report"]
 
 
 def costs(provenance: Sequence[Record]) -> list[Record]:
@@ -34,8 +35,8 @@ def costs(provenance: Sequence[Record]) -> list[Record]:
 
 
 def facts(config: Record, layout: Layout, provenance: Sequence[Record]) -> list[str]:
-    """When, by which code and from which base model: the line at the top. An older report does not count."""
-    made = sorted((r for r in provenance if r["stage"] != "report"), key=lambda record: record["started"])
+    """When, by which code and from which base model: the line at the top."""
+    made = sorted(provenance, key=lambda record: record["started"])
     days = [record["started"][:10] for record in made]
     when = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "no provenance"
     codes = [record["code"] for record in reversed(made)]
@@ -56,11 +57,13 @@ def facts(config: Record, layout: Layout, provenance: Sequence[Record]) -> list[
 def made_from(layout: Layout) -> list[tuple[str, list[str]]]:
     """Every artifact and its parents by name, parents first, as the manifests say.
 
-    A manifest records the digest of each parent's manifest; a parent that has been made again since is left out.
+    A manifest records the digest of each parent's manifest; a parent that has been made again since is left out, and so is an
+    older report, so that a report which is made again is the same.
     """
     names = {
         path: str(path.relative_to(layout.home)).removesuffix(MANIFEST_SUFFIX).removesuffix(f"/{CHECKPOINT_MANIFEST}")
         for path in find_manifests(layout.home)
+        if path != layout.home / f"report{MANIFEST_SUFFIX}"
     }
     by_digest = {digest_file(path): name for path, name in names.items()}
     parents = {

@@ -44,11 +44,8 @@ def sections(config: Config, layout: Layout, reads: Mapping[str, Path]) -> list[
     kinds = sorted({kind for of in rows.values() for kind in of["kinds"]})
     cells = {"rows": rows, "cells": rows["base"]["cells"], "kinds": kinds}
     cells["chances"] = {cell: chances(of["ways"]) for cell, of in rows["base"]["cells"].items()}
-    served = {
-        name: questions(of, seconds(layout.seconds(f"online-{name}")))
-        for name, of in arms.items()
-        if sum(of["series"]["asked"])
-    }
+    asked = {name: of for name, of in arms.items() if total(of["series"]["asked"])}
+    served = {name: questions(of, seconds(layout.seconds(f"online-{name}"))) for name, of in asked.items()}
     graders = {"graders": metrics["graders"], "asked": served}
     said = {"findings": [*findings(metrics, arms, judged, short(rival))]}
     return [
@@ -84,19 +81,24 @@ def smooth(values: list[float | None]) -> list[float | None]:
     return [float(np.mean(of)) if of else None for of in windows]
 
 
+def total(counts: list[float | None]) -> float:
+    """Of all rollouts; an arm without a rubric has no counts."""
+    return sum(count or 0 for count in counts)
+
+
 def questions(of: Record, times: list[Record]) -> Record:
     """How many questions an arm had for its grader, and how far its answers were from the program's."""
     series, tenth = of["series"], max(1, len(of["series"]["asked"]) // TENTH)
-    asked, saved = sum(series["asked"]), sum(v or 0 for v in series["saved"])
+    asked, saved = total(series["asked"]), total(series["saved"])
     gaps = [
         [v for v in part if v is not None] for part in (series["grader_gap"][:tenth], series["grader_gap"][-tenth:])
     ]
     known = {"seconds": times}
-    total, own = whole(known), spent(known, "seconds_rubric")
+    every, own = whole(known), spent(known, "seconds_rubric")
     return {
-        "asked": asked, "saved": saved / asked, "unscored": sum(series["unscored"]), "unreadable": sum(series["unreadable"]),
+        "asked": asked, "saved": saved / asked, "unscored": total(series["unscored"]), "unreadable": total(series["unreadable"]),
         "first": float(np.mean(gaps[0])) if gaps[0] else None, "last": float(np.mean(gaps[1])) if gaps[1] else None,
-        "time": own / total if total else None,
+        "time": own / every if every else None,
     }  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def findings(metrics: Record, arms: Mapping[str, Record], judged: bool, plain: s
     for name, of in arms.items():
         if of["training"]["seen"] > 1:
             yield f"{name} has seen every training prompt {of['training']['seen']:.1f} times: what it gained may be memory."
-        if lost := sum(of["series"]["unscored"]):
+        if lost := total(of["series"]["unscored"]):
             yield f"{lost} responses of {name} had no score from the server, and were left out of their groups."
     if (base["unassessed"] or 0) > 0:
         yield f"{base['unassessed']} finished responses of the base have no word of the teacher and count as unsound."
