@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ziprc.chat import visible_answer
+from ziprc.tasks.arithmetic import apply
 from ziprc.tasks.base import Assessment, Criterion
 
 TOTAL, ANSWER_POINTS = 10, 2
@@ -66,10 +67,6 @@ def points_of(steps: int) -> list[int]:
     """Whole points of the steps, the larger ones first, and of the answer: together TOTAL."""
     whole, more = divmod(TOTAL - ANSWER_POINTS, steps)
     return [whole + (i < more) for i in range(steps)] + [ANSWER_POINTS]
-
-
-def apply(value: int, op: str, operand: int) -> int:
-    return value + operand if op == "+" else value - operand
 
 
 def criteria(start: int, steps: Sequence[tuple[str, int]]) -> list[Criterion]:
