@@ -24,7 +24,7 @@ def answers(config: Config) -> dict[str, Ref]:
 def evaluate_params(config: Config) -> list[str]:
     """Keys that metrics/countdown-rl.json depends on besides its tables."""
     judged = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "targets")]
-    rules = [f"train_online.arms.{name}.window.rule" for name in config.train_online.arms]
+    rules = [f"train_online.arms.{name}.{key}" for name in config.train_online.arms for key in ("window.rule", "asks")]
     return [*judged, *rules, "rollouts.max_new_tokens"]
 
 

@@ -44,8 +44,12 @@ def graders(config: Config) -> dict[str, Ref]:
 
 def trained_graders(config: Config) -> dict[str, Ref]:
     """Graders that were trained on-policy after that, `online-<arm>` each."""
-    asked = [name for name, arm in config.train_online.arms.items() if arm.asks == "gradings"]
-    return {f"online-{name}": Ref("train_online", f"online-{name}") for name in asked}
+    return _asking(config, "gradings")
+
+
+def _asking(config: Config, what: str) -> dict[str, Ref]:
+    found = [f"online-{name}" for name, arm in config.train_online.arms.items() if arm.asks == what]
+    return {name: Ref("train_online", name) for name in found}
 
 
 def starts(config: Config) -> dict[str, Start]:
@@ -71,8 +75,7 @@ def arms(config: Config) -> dict[str, ArmOf]:
 
 def trained(config: Config) -> dict[str, Ref]:
     """The policies of all arms, graders apart."""
-    asked = config.train_online.arms
-    return {name: Ref("train_online", name) for name, of in arms(config).items() if asked[of.arm].asks == "prompts"}
+    return _asking(config, "prompts")
 
 
 def arm_reads(config: Config, of: ArmOf) -> dict[str, Ref]:

@@ -95,7 +95,11 @@ def evaluated(config: Config) -> dict[str, Ref]:
 def evaluate_params(config: Config) -> list[str]:
     """Keys that metrics/reasoning-vocabulary.json depends on besides its tables."""
     own = [f"evaluate.{key}" for key in ("bootstrap", "confidence", "targets")]
-    said = [f"train_online.arms.{name}.{key}" for name in config.train_online.arms for key in ("start", "copies_rate")]
+    said = [
+        f"train_online.arms.{name}.{key}"
+        for name in config.train_online.arms
+        for key in ("start", "copies_rate", "asks")
+    ]
     made = [f"expand.models.{name}.adds" for name in config.expand.models]
     return [*own, *said, *made, *(f"warm_up.models.{name}.model" for name in config.warm_up.models)]
 

@@ -65,8 +65,14 @@ def by_program(config: Config) -> list[str]:
 
 def teacher_params(config: Config) -> list[str]:
     """Keys that decide what a teacher says."""
-    engine = ["rollouts.engine"] if config.assessments.teacher else []
-    return ["prompts.task", "assessments", *engine]
+    model = ["assessments.max_unparseable", "rollouts.engine"] if config.assessments.teacher else []
+    return ["prompts.task", "assessments.teacher", *model]
+
+
+def writer_params(config: Config) -> list[str]:
+    """Keys that decide what a rubric is."""
+    model = ["rubrics.writer", "rubrics.tries", "rollouts.engine", "seed"] if config.rubrics.writer else []
+    return ["prompts.task", "rubrics.source", "rubrics.max_invalid", *model]
 
 
 def check_rubrics(config: Config) -> None:
@@ -109,9 +115,7 @@ def evaluate_params(config: Config) -> list[str]:
 
 
 def _arms(config: Config) -> list[str]:
-    return [
-        f"train_online.arms.{name}.{key}" for name in config.train_online.arms for key in ("rubric", "asks", "start")
-    ]
+    return [f"train_online.arms.{name}.{key}" for name in config.train_online.arms for key in ("rubric", "asks")]
 
 
 RUBRIC = System(
@@ -120,7 +124,7 @@ RUBRIC = System(
         Stage(
             "rubrics", "what full marks are given for, split {name}", TABLE, lambda c: {name: name for name in ("train", "test")},
             reads=lambda c, split: table("prompts", split),
-            params=lambda c, split: ["prompts.task", "rubrics", *(["seed", "rollouts.engine"] if c.rubrics.writer else [])],
+            params=lambda c, split: writer_params(c),
             machine=lambda c: "gpu" if c.rubrics.writer else "cpu",
             uses=lambda c, split: [*by_program(c), *([engine_module(c)] if c.rubrics.writer else [])], check=check_rubrics,
         ),
