@@ -53,7 +53,7 @@ def test_more_test_prompts_leave_the_training_side_alone(built: Workplace) -> No
 def test_the_validation_side_is_the_pool_alone(built: Workplace) -> None:
     jobs = built.planned("prompts.validation=20")
     recorded = {"prompts", "rollouts", "grades", "introspection"}
-    online = {"train_online", "evaluate"}  # which is judged on them while it learns
+    online = {"train_online", "assessments", "evaluate"}  # which is judged on them while it learns
     assert stages(jobs) == recorded | SAMPLERS | online
     own = [job for job in jobs if job.partition(":")[0] in recorded and "online" not in job]
     assert len(own) >= 4 and all("validation" in job for job in own)
