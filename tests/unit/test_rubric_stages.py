@@ -170,6 +170,8 @@ def test_a_data_sets_criteria_are_text_or_checked_items(criteria: Any, problem: 
 def test_a_models_rubric_is_found_in_its_words() -> None:
     row = rubrics.read(prompt(None), f"Here it is:\n```json\n{json.dumps(ITEMS)}\n```\n")
     assert row["valid"] and row["text"].splitlines()[0] == "1 isolates the unknown (8)"
+    row = rubrics.read(prompt(None), json.dumps([ITEMS[0] | {"failure": "guesses x"}, ITEMS[1]]))
+    assert row["valid"] and row["text"].splitlines()[0] == "1 isolates the unknown; none for: guesses x (8)"
 
 
 def test_invalid_rubrics_are_refused_by_prompt_unless_allowed() -> None:

@@ -58,7 +58,9 @@ def items_of(rubric: str) -> list[Criterion]:
             raise ValueError(
                 f"item {number} needs whole points of at least 0 and a requirement, found {str(item)[:80]}"
             )
-        items.append(Criterion(str(own.get("name", number)), points, said.strip()))
+        failure = own.get("failure")
+        loses = f"; none for: {failure.strip()}" if isinstance(failure, str) and failure.strip() else ""
+        items.append(Criterion(str(own.get("name", number)), points, said.strip() + loses))
     return items
 
 
