@@ -29,6 +29,7 @@ def kill_group(*_: object) -> None:
 
 
 def main(parent: int, command: list[str]) -> None:
+    """Run `command` for the process `parent`, and end with the last of both."""
     own, child = os.getpid(), 0
 
     def end(*_: object) -> None:

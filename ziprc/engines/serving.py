@@ -113,6 +113,7 @@ def application(settings: EngineSettings, tokenizer: Any, batches: Batches, name
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"}]})
 
     async def chat(request: Any) -> Any:
+        """One answer, unless whoever asked has left before it began."""
         try:
             body = json.loads(await request.body())
             if body.get("model") != name:
@@ -197,6 +198,7 @@ def sampling_of(given: tuple[tuple[str, Any], ...]) -> Sampling:
 
 
 def main() -> None:
+    """Read the settings from standard input, a line of JSON, and serve until ended."""
     import uvicorn
 
     own = json.loads(sys.stdin.readline())

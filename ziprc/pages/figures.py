@@ -31,6 +31,7 @@ VIOLET, ORANGE, GREEN, GREY = "#8f6fd6", "#d9822b", "#3a9d6a", "#8a8f98"
 COLOURS = {"ziprc": ACCENT, "lite": VIOLET, "probe": ORANGE, "logprob": GREEN, "length": "#c0567f", "constant": GREY}
 SIBLINGS = {"critic": ACCENT, "trie": ORANGE, "lookup": GREEN, "mean": GREY}
 POLICIES = {PLUS: ACCENT, PUBLISHED: VIOLET, "majority": ORANGE}  # the families that have a colour
+DASHES = ("-", "--", ":")
 ARMS = (ACCENT, ORANGE, GREEN, VIOLET, "#c0567f", GREY, "#8c6d31", "#2a9d9d")  # of on-policy training, in their order
 RIVAL = GREY  # all others
 ENVELOPE = "#c0567f"  # the best of the competitors at each budget
@@ -139,17 +140,27 @@ def over_training(
 
     `arms` are all there are, where some figures show a part of them: each keeps its colour.
     """
-    colours = dict(zip(arms or lines, itertools.cycle(ARMS), strict=False))
+    names = list(arms or lines)
+    colours = dict(zip(names, itertools.cycle(ARMS), strict=False))
+    dashes = {name: DASHES[i // len(ARMS) % len(DASHES)] for i, name in enumerate(names)}  # where colours come again
     axes = Figure(figsize=(4.4, 2.9)).add_subplot()
     for name, (x, y) in lines.items():
         colour = colours[name]
         if y and isinstance(y[0], Mapping):
             axes.errorbar(
                 x, [r["value"] for r in y], yerr=_bars(y), label=name, color=colour, marker="o", markersize=3,
-                linewidth=1.4, elinewidth=0.6, capsize=1.5,
+                linestyle=dashes[name], linewidth=1.4, elinewidth=0.6, capsize=1.5,
             )  # fmt: skip
         else:
-            axes.step(x, [np.nan if v is None else v for v in y], where="mid", label=name, color=colour, linewidth=1.4)
+            axes.step(
+                x,
+                [np.nan if v is None else v for v in y],
+                where="mid",
+                label=name,
+                color=colour,
+                linestyle=dashes[name],
+                linewidth=1.4,
+            )
     axes.set_xlabel(across)
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -38,6 +38,7 @@ from ziprc.systems.online import GRADERS
 from ziprc.tables.progress import PROGRESS
 from ziprc.tables.prompts import PROMPTS
 from ziprc.training import resume
+from ziprc.training.account import Row
 from ziprc.training.arguments import HeldOut, Sampler
 from ziprc.training.durable import train_to_the_end
 from ziprc.training.law import unban
@@ -68,6 +69,22 @@ def check_prompts(config: Config, arm: Arm, rows: Mapping[str, Any], source: Pat
         check_gradable(config, rows, source)
     elif lacking := sorted(name for name, row in rows.items() if target_of(row["answer"]) is None):
         raise UserError(f"{source}: {len(lacking)} questions lack a teacher's score in [0, 1]: {first_few(lacking)}.")
+
+
+def keep(context: Context, model: Any, tokenizer: Any, record: Mapping[str, Any], head: Any, rows: list[Row]) -> None:
+    """Write the checkpoint with its table of progress, and what each rollout took; the training states are forgotten."""
+    table = PROGRESS.make({name: [row.get(name) for row in rows] for name in PROGRESS.columns.names})
+    save_checkpoint(
+        context.target,
+        model,
+        tokenizer,
+        record,
+        head,
+        lambda folder: PROGRESS.write(folder / "progress.parquet", table),
+    )
+    times = [{name: value for name, value in row.items() if name == "rollout" or "seconds" in name} for row in rows]
+    write_json(context.graph.layout.seconds(context.name), {"rollouts": times})
+    resume.forget_states(context.target)
 
 
 def run(context: Context) -> str:
@@ -127,20 +144,8 @@ def run(context: Context) -> str:
             if gathered is not None:
                 model = load_model(base)
                 model.load_state_dict(gathered, strict=False)
-            dtype = AutoConfig.from_pretrained(base).dtype
-            table = PROGRESS.make({name: [row.get(name) for row in rows] for name in PROGRESS.columns.names})
-
-            def more(private: Path) -> None:
-                PROGRESS.write(private / "progress.parquet", table)
-
-            save_checkpoint(
-                context.target, model.to(dtype), tokenizer, record | {"window": control.plan()[0]}, head, more
-            )
-            times = [
-                {name: value for name, value in row.items() if name == "rollout" or "seconds" in name} for row in rows
-            ]
-            write_json(context.graph.layout.seconds(context.name), {"rollouts": times})
-            resume.forget_states(context.target)
+            model = model.to(AutoConfig.from_pretrained(base).dtype)
+            keep(context, model, tokenizer, record | {"window": control.plan()[0]}, head, rows)
     last = rows[-1] if rows else {"success": 0.0, "tokens_total": 0, "window": 0}
     return (
         f"{context.name}: {arm.rollouts} rollouts of {last['tokens_total']} tokens, {last['success']:.3f} right in the last, "

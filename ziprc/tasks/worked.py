@@ -93,6 +93,7 @@ class Worked(GeneratedTask[Sum, Settings]):
         return Sum(start, tuple(steps))
 
     def teach(self, rng: random.Random, problem: Sum, cell: str, settings: Settings) -> Trace:
+        """A response of one of the kinds, drawn without looking at the prompt."""
         kind = rng.choices(list(settings.kinds), list(settings.kinds.values()))[0]
         if kind == "answer":
             return Trace(str(problem.values[-1]), thinking=False, style=kind)
