@@ -120,3 +120,14 @@ def test_nothing_that_is_filled_in_leaves_its_marks(response: str, question: str
     assert re.fullmatch(r"\[\d{4}\]", mark) and marks and mark in marks
     assert content.count(mark) == 2 and content.endswith(TEMPLATE.rpartition("\n")[2])
     assert not any(word in content for word in ("<|im_end|>", "<think>", "</think>"))
+
+
+def test_a_response_that_has_every_mark_does_not_have_its_own() -> None:
+    every = "".join(f"[{n:04}]" for n in range(10_000))
+    content = render("?", "1 x (10)", every)[0]["content"]
+    mark = content.rpartition("\nEnd with the line")[0][-6:]
+    assert content.count(mark) == 2 and f"[ {mark[1:]}" in content
+
+
+def test_a_gate_lets_through_as_much_as_the_answer_is_worth() -> None:
+    assert math.isclose(combine("gated", 0.8, 0.5) or 0.0, 0.4)

@@ -162,6 +162,7 @@ def test_a_dark_batch_takes_no_step_and_the_run_goes_on_from_there_to_the_same_b
     with pytest.raises(Dark, match="No step was taken in rollout 4; the training state is saved"):
         dark.train()
     assert [row["rollout"] for row in dark.trainer.rows] == [1, 2, 3]
+    assert (dark.states / "checkpoint-3" / "complete.json").exists()
     again = Asked(tmp_path / "dark", arm, even, runtime=calm)
     again.train()
     assert [row["rollout"] for row in again.trainer.rows] == [1, 2, 3, 4, 5]
